@@ -1,0 +1,22 @@
+.PHONY: style quality test test-slow bench
+
+sources := mamba_rsst tests benchmarks
+
+style:     ## format and fix what can be fixed
+	ruff check --fix $(sources)
+	ruff format $(sources)
+
+quality:   ## fail on anything that `make style` would change or cannot fix
+	ruff check $(sources)
+	ruff format --check $(sources)
+
+test:      ## everything that CI runs
+	python -m pytest
+
+test-slow: ## the long end-to-end runs
+	python -m pytest -m slow
+
+bench:     ## the CPU benchmarks
+	python benchmarks/bench_scan.py
+	python benchmarks/bench_train.py
+	python benchmarks/bench_pruned.py

@@ -1,0 +1,237 @@
+"""The command line: train, prune, inspect, eval. Bad input is one sentence and exit code 2."""
+
+import argparse
+import os
+import sys
+
+
+DEBUG_VARIABLE = "MAMBA_RSST_DEBUG"
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, OSError) as error:
+        if os.environ.get(DEBUG_VARIABLE):
+            raise
+        print(f"mamba-rsst {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        hint = "; go on with --resume" if args.command == "train" else ""
+        print(f"\nmamba-rsst {args.command}: interrupted{hint}.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mamba-rsst",
+        description="Make Mamba models really smaller and really faster.",
+        epilog=f"Set {DEBUG_VARIABLE}=1 to see where an error comes from.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train and prune as a recipe says")
+    train.add_argument("recipe", help="YAML file, see recipes/")
+    train.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
+    train.add_argument("--resume", action="store_true", help="go on with an interrupted run, same recipe")
+    train.set_defaults(run=_train)
+
+    prune = commands.add_parser("prune", help="cut a checkpoint in one shot, without training")
+    prune.add_argument("model", help="folder or hub id")
+    prune.add_argument("out", help="folder for the smaller model; must not exist")
+    prune.add_argument("--target", action="append", required=True, help="width to prune; may be repeated")
+    prune.add_argument("--sparsity", type=float, required=True, help="fraction to remove, in [0, 1)")
+    prune.add_argument("--budget", default="channels", help="what it is a fraction of: channels (default), parameters")
+    prune.add_argument("--scope", help="global or layer; default: global where the architecture allows it")
+    prune.add_argument("--importance", default="magnitude_l2", help="score of a channel (default magnitude_l2)")
+    prune.add_argument("--floor", type=float, default=0.1, help="fraction each layer keeps at least (default 0.1)")
+    prune.add_argument("--round-to", type=int, default=8, help="kept widths are multiples of this (default 8)")
+    prune.add_argument("--seed", type=int, default=0, help="of the random score")
+    prune.add_argument("--data", help="images for scores that look at data: digits, a folder or a hub id")
+    prune.add_argument("--dry-run", action="store_true", help="print the table, write nothing")
+    prune.set_defaults(run=_prune)
+
+    inspect = commands.add_parser("inspect", help="widths, parameters and arithmetic of a checkpoint")
+    inspect.add_argument("model", help="folder or hub id")
+    inspect.set_defaults(run=_inspect)
+
+    evaluate = commands.add_parser("eval", help="accuracy and cost of an image classifier")
+    evaluate.add_argument("model", help="folder or hub id")
+    evaluate.add_argument("--data", help="digits, a folder or a hub id; default: what the model was trained on")
+    evaluate.add_argument("--split", help="split to evaluate (default: the recipe's, or test)")
+    evaluate.add_argument("--max-samples", type=int, help="only the first so many images")
+    evaluate.add_argument("--batch-size", type=int, default=64)
+    evaluate.add_argument("--device", help="default: cuda where there is one, else cpu")
+    evaluate.set_defaults(run=_eval)
+    return parser
+
+
+def _train(args) -> None:
+    from .recipe import load_recipe
+    from .run import run_recipe
+
+    run_recipe(load_recipe(args.recipe, args.overrides), resume=args.resume)
+
+
+def _prune(args) -> None:
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from .hub import load_model
+    from .pruning import PruningConfig, prune_
+    from .report import widths_table
+
+    out = Path(args.out)
+    if out.exists() and not args.dry_run:
+        raise ValueError(f"{args.out!r} exists; choose a new folder.")
+    settings = {
+        "targets": args.target,
+        "sparsity": args.sparsity,
+        "budget": args.budget,
+        "importance": args.importance,
+        "floor": args.floor,
+        "round_to": args.round_to,
+        "seed": args.seed,
+    }
+    PruningConfig(**settings, **({"scope": args.scope} if args.scope else {}))  # before a long load
+    model = load_model(args.model)
+    scope = args.scope or ("global" if hasattr(model.config, "set_widths") else "layer")
+    config = PruningConfig(**settings, scope=scope)
+    table = prune_(model, config, _calibration(args, model, config), dry_run=args.dry_run)
+    console = Console()
+    console.print(widths_table(table))
+    console.print(
+        f"parameters {table.parameters_before:,} -> {table.parameters_after:,} ({table.param_reduction:.1%} fewer)"
+    )
+    if not args.dry_run:
+        _save_beside(model, args.model, out)
+        console.print(f"Saved to {args.out}. It has not been trained since the cut.")
+
+
+def _save_beside(model, source: str, out) -> None:
+    """Write the whole folder beside `out`, then rename; the preprocessor or tokenizer goes along."""
+    import shutil
+    from pathlib import Path
+
+    beside = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    model.save_pretrained(beside)
+    for pattern in ("preprocessor_config.json", "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt"):
+        for file in Path(source).glob(pattern) if Path(source).is_dir() else ():
+            shutil.copy2(file, beside)
+    beside.rename(out)
+
+
+def _calibration(args, model, config):
+    from .pruning.importance import NEEDS_DATA
+
+    if config.importance not in NEEDS_DATA:
+        return None
+    if not args.data:
+        raise ValueError(f"--importance {config.importance} looks at data: give --data.")
+    if model.main_input_name != "pixel_values":
+        raise ValueError("--data calibrates image classifiers only.")
+    from .training.data import ImageCollator, ImageDataConfig, load_image_data
+
+    data = load_image_data(
+        ImageDataConfig(path=args.data, max_train_samples=512),
+        image_size=model.config.image_size,
+        num_channels=model.config.num_channels,
+    )
+    collate = ImageCollator(data.train, mean=data.mean, std=data.std, num_classes=len(data.id2label))
+    return [collate(list(range(s, min(s + 64, len(data.train))))) for s in range(0, len(data.train), 64)]
+
+
+def _inspect(args) -> None:
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from .evaluation import count_macs_per_item, count_parameters
+    from .hub import load_model
+    from .pruning import find_groups
+
+    model = load_model(args.model)
+    groups = find_groups(model)
+    targets = list(dict.fromkeys(g.target for g in groups))
+    sizes = {(g.layer, g.target): g.size for g in groups}
+    table = Table(title=f"{args.model} ({type(model).__name__})")
+    for column in ("Layer", *targets):
+        table.add_column(column, justify="right")
+    for layer in sorted({g.layer for g in groups}):
+        table.add_row(str(layer), *(f"{sizes[layer, t]:,}" if (layer, t) in sizes else "–" for t in targets))
+    console = Console()
+    console.print(table)
+    console.print(f"parameters  {count_parameters(model):,}  ({next(model.parameters()).dtype})")
+    if model.main_input_name == "pixel_values":
+        c = model.config
+        image = {"pixel_values": torch.zeros(1, c.num_channels, c.image_size, c.image_size)}
+        console.print(f"MACs        {count_macs_per_item(model, image):,} an image")
+    console.print(f"prunable    {', '.join(targets)}")
+
+
+def _eval(args) -> None:
+    from dataclasses import replace
+    from pathlib import Path
+
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from . import evaluation
+    from .hub import load_model
+    from .recipe import load_recipe
+    from .run import RECIPE_FILE
+    from .training.data import ImageDataConfig, load_image_data
+
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}.")
+    model = load_model(args.model)
+    if model.main_input_name != "pixel_values":
+        raise ValueError(f"{args.model!r} is no image classifier.")
+    recipe = Path(args.model) / RECIPE_FILE
+    config = load_recipe(recipe).data if recipe.is_file() else None
+    if args.data is not None or config is None:
+        if args.data is None:
+            raise ValueError(f"{args.model!r} holds no {RECIPE_FILE} that names its data: give --data.")
+        config = ImageDataConfig(path=args.data)
+    changes = {"eval_split": args.split, "max_eval_samples": args.max_samples}
+    config = replace(config, max_train_samples=None, **{k: v for k, v in changes.items() if v is not None})
+    c = model.config
+    data = load_image_data(config, image_size=c.image_size, num_channels=c.num_channels)
+    mean, std = _normalisation(args.model, data)
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model.to(device)
+    scores = evaluation.evaluate_images(
+        model, data.eval.images, data.eval.labels, mean=mean, std=std, batch_size=args.batch_size, progress=True
+    )
+    inputs = {"pixel_values": torch.randn(args.batch_size, c.num_channels, c.image_size, c.image_size, device=device)}
+    timing = evaluation.measure_throughput(model, inputs)
+    memory = evaluation.measure_peak_memory(model, inputs)
+    table = Table("", "", title=f"{args.model} on {config.path} ({config.eval_split})", show_header=False)
+    for name, value in (
+        ("accuracy", f"{scores['accuracy']:.2%} of {scores['num_samples']:,} images"),
+        ("loss", f"{scores['loss']:.4f}"),
+        ("parameters", f"{evaluation.count_parameters(model):,}"),
+        ("MACs an image", f"{evaluation.count_macs_per_item(model, inputs):,}"),
+        ("images/s", f"{timing.items_per_s:,.1f} ({timing.low:,.1f}–{timing.high:,.1f}), batch {args.batch_size}"),
+        ("peak memory", "n/a" if memory is None else f"{memory / 2**20:,.0f} MiB"),
+    ):
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def _normalisation(model_path: str, data):
+    """The mean and deviation the model was trained with, from its preprocessor; else the data's own."""
+    import json
+    from pathlib import Path
+
+    file = Path(model_path) / "preprocessor_config.json"
+    if file.is_file():
+        saved = json.loads(file.read_text())
+        if "image_mean" in saved and "image_std" in saved:
+            return saved["image_mean"], saved["image_std"]
+    return data.mean, data.std

@@ -1,0 +1,69 @@
+"""Checkpoints in: what can be loaded, with one clear sentence where it cannot."""
+
+import json
+import os
+from pathlib import Path
+
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedModel
+
+
+AUTO_CLASSES = {
+    "mamba_rsst_vision": AutoModelForImageClassification,
+    "mamba": AutoModelForCausalLM,
+    "falcon_mamba": AutoModelForCausalLM,
+}
+"""model_type -> the Auto class that loads it."""
+
+
+def load_model(path: str | os.PathLike, **kwargs) -> PreTrainedModel:
+    """A checkpoint from a local folder or the Hub, every weight accounted for; kwargs go to from_pretrained.
+
+    Raises FileNotFoundError or ValueError naming what is wrong: no such folder, no config, an architecture that is not
+    a Mamba, missing, extra or ill-fitting weights.
+    """
+    name = str(path)
+    if _is_local(name):
+        folder = Path(name)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"There is no model folder {name!r}.")
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{name!r} has no config.json: it is not a saved model.")
+        try:
+            model_type = json.loads((folder / "config.json").read_text()).get("model_type")
+        except ValueError as error:
+            raise ValueError(f"{name!r} has a config.json that is not valid JSON: {error}") from error
+        if model_type not in AUTO_CLASSES:
+            raise ValueError(f"{name!r} has model_type {model_type!r}; supported are {sorted(AUTO_CLASSES)}.")
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except OSError as error:
+        raise FileNotFoundError(f"Neither a folder nor a model on the Hub that can be reached: {name!r}.") from error
+    if config.model_type not in AUTO_CLASSES:
+        raise ValueError(f"{name!r} has model_type {config.model_type!r}; supported are {sorted(AUTO_CLASSES)}.")
+    try:
+        model, info = AUTO_CLASSES[config.model_type].from_pretrained(
+            name, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+    except OSError as error:
+        raise FileNotFoundError(f"{name!r} has no weights that can be read: {_one_line(error)}") from error
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise ValueError(f"The weights of {name!r} are damaged: {_one_line(error)}") from error
+    for kind, what in (
+        ("mismatched_keys", "have another shape than its config says"),
+        ("missing_keys", "are missing"),
+        ("unexpected_keys", "are not part of this architecture"),
+    ):
+        if info[kind]:
+            keys = sorted(str(k[0] if isinstance(k, tuple) else k) for k in info[kind])
+            raise ValueError(f"{name!r}: {len(keys)} of its weights {what}, the first is {keys[0]!r}.")
+    return model
+
+
+def _is_local(name: str) -> bool:
+    return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1
+
+
+def _one_line(error) -> str:
+    return " ".join(str(error).split())[:300]

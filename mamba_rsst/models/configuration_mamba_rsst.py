@@ -1,0 +1,128 @@
+"""Configurations: what every Mamba of this package shares, and the causal language model's own."""
+
+import math
+
+from transformers.configuration_utils import PreTrainedConfig
+
+
+WIDTHS = ("d_inner", "intermediate_size", "d_state", "dt_rank")
+"""The prunable widths. Each is one int, or a list with one int per layer once the layers differ."""
+
+
+def _choice(config, name, choices):
+    value = getattr(config, name)
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {list(choices)}, got {value!r}.")
+
+
+def _number(config, name, low, high=math.inf, kind=(int, float)):
+    value = getattr(config, name)
+    if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
+        what = "an integer" if kind is int else "a number"
+        bound = f">= {low}" if high == math.inf else f"in [{low}, {high}]"
+        raise ValueError(f"`{name}` must be {what} {bound}, got {value!r}.")
+
+
+class MambaRsstBaseConfig(PreTrainedConfig):
+    """The fields of the shared mixer and block.
+
+    hidden_size: residual width D.  num_hidden_layers: number of blocks.
+    d_inner: SSM channels E; default `expand * hidden_size`.
+    intermediate_size: neurons F of the block's MLP; 0 = the block has no MLP.
+    d_state: states N per channel.  dt_rank: rank R of the step-size projection; "auto" = ceil(hidden_size / 16).
+    d_conv: taps K of the causal convolution.
+    expand: only fills in `d_inner` when that is not given; every tensor is sized from the widths.
+    use_bias: biases on in_proj and out_proj.  use_conv_bias: bias of the convolution.
+    norm: "rms" or "layer".  layer_norm_epsilon: its epsilon.
+    residual_in_fp32: the residual stream stays fp32 whatever the activations' dtype.
+    time_step_min, time_step_max, time_step_floor, time_step_scale: initialisation of dt (Gu & Dao 2023, sec. 3.6).
+    scan_implementation: "auto", or the selective scan's back end by name.
+
+    Raises ValueError for a width that is not a positive int, a list of another length than `num_hidden_layers`, or any
+    other value outside its range.
+    """
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 24
+    d_inner: int | list[int] | None = None
+    intermediate_size: int | list[int] = 0
+    d_state: int | list[int] = 16
+    dt_rank: int | list[int] | str = "auto"
+    d_conv: int = 4
+    expand: int | float = 2
+    use_bias: bool = False
+    use_conv_bias: bool = True
+    norm: str = "rms"
+    layer_norm_epsilon: float = 1e-5
+    residual_in_fp32: bool = True
+    rescale_prenorm_residual: bool = True
+    initializer_range: float = 0.02
+    time_step_min: float = 0.001
+    time_step_max: float = 0.1
+    time_step_floor: float = 1e-4
+    time_step_scale: float = 1.0
+    scan_implementation: str = "auto"
+
+    def __post_init__(self, **kwargs):
+        for name in ("hidden_size", "num_hidden_layers", "d_conv"):
+            _number(self, name, 1, kind=int)
+        for name in ("expand", "layer_norm_epsilon", "initializer_range", "time_step_min"):
+            _number(self, name, 1e-12)
+        _number(self, "time_step_max", self.time_step_min)
+        _choice(self, "norm", ("rms", "layer"))
+        if self.d_inner is None:
+            self.d_inner = int(self.expand * self.hidden_size)
+        if self.dt_rank == "auto":
+            self.dt_rank = math.ceil(self.hidden_size / 16)
+        for name in WIDTHS:
+            self.set_widths(name, getattr(self, name))
+        super().__post_init__(**kwargs)
+
+    def widths(self, name: str) -> list[int]:
+        """The width `name`, one int per layer."""
+        value = getattr(self, name)
+        return list(value) if isinstance(value, (list, tuple)) else [value] * self.num_hidden_layers
+
+    def set_widths(self, name: str, value: int | list[int]) -> None:
+        """Set the width `name`; a list whose entries agree is stored as one int."""
+        if name not in WIDTHS:
+            raise ValueError(f"Unknown width {name!r}; choose from {list(WIDTHS)}.")
+        least = 0 if name == "intermediate_size" else 1
+        values = list(value) if isinstance(value, (list, tuple)) else [value]
+        if any(isinstance(v, bool) or not isinstance(v, int) or v < least for v in values):
+            raise ValueError(f"`{name}` must be an int >= {least} or a list of them, got {value!r}.")
+        if isinstance(value, (list, tuple)) and len(values) != self.num_hidden_layers:
+            raise ValueError(
+                f"`{name}` has {len(values)} entries but `num_hidden_layers` is {self.num_hidden_layers}; "
+                "give one int, or one per layer."
+            )
+        setattr(self, name, values[0] if len(set(values)) == 1 else values)
+
+
+class MambaRsstConfig(MambaRsstBaseConfig):
+    """Configuration of the causal language model (Gu & Dao 2023, arXiv:2312.00752).
+
+    The defaults are those of `state-spaces/mamba-130m-hf`; `expand`, `d_state` and the like mean what they do there,
+    except that a checkpoint is always rebuilt from its widths.
+    """
+
+    model_type = "mamba_rsst"
+    keys_to_ignore_at_inference = ["cache_params"]
+
+    vocab_size: int = 50280
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 0
+
+    def __post_init__(self, **kwargs):
+        _number(self, "vocab_size", 1, kind=int)
+        super().__post_init__(**kwargs)
+
+    @property
+    def layer_types(self):
+        return ["linear_attention"] * self.num_hidden_layers
+
+
+__all__ = ["WIDTHS", "MambaRsstBaseConfig", "MambaRsstConfig"]

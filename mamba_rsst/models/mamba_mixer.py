@@ -1,0 +1,153 @@
+"""The one Mamba mixer: one direction for language, one or two for images. Widths come from the config, per layer."""
+
+# Legend: B batch, L length, D hidden_size, E d_inner, N d_state, R dt_rank, K d_conv
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from .configuration_mamba_rsst import MambaRsstBaseConfig
+from .selective_scan import selective_scan
+
+
+# Read in fp32 whatever dtype a checkpoint is loaded in: small differences in these change how fast a state decays.
+FP32_PARAMETERS = ["A_log", "A_b_log", "mixer.D", "dt_proj.bias", "dt_proj_b.bias"]
+
+
+class MambaMixer(nn.Module):
+    """Selective state space mixer (Gu & Dao 2023, arXiv:2312.00752, sec. 3.4), optionally bidirectional.
+
+    Parameter names are those of transformers' Mamba and, for the reverse direction, Vim's (Zhu et al. 2024,
+    arXiv:2401.09417): `bidirectional="v1"` adds A_b_log, "v2" adds conv1d_b, x_proj_b, dt_proj_b, A_b_log and D_b.
+    `in_proj` and `out_proj` are shared by the directions, so both have the same E channels.
+
+    forward: hidden_states (B, L, D) -> (B, L, D), same dtype.
+    """
+
+    def __init__(self, config: MambaRsstBaseConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.d_inner = config.widths("d_inner")[layer_idx]
+        self.d_state = config.widths("d_state")[layer_idx]
+        self.dt_rank = config.widths("dt_rank")[layer_idx]
+        self.d_conv = config.d_conv
+        self.bidirectional = getattr(config, "bidirectional", "none")
+        self.scale_out = 0.5 if self.bidirectional != "none" and config.divide_out else 1.0
+        self.scan_implementation = config.scan_implementation
+
+        self.in_proj = nn.Linear(config.hidden_size, 2 * self.d_inner, bias=config.use_bias)
+        self._add_direction("", "A_log", config, own=True)
+        if self.bidirectional != "none":
+            self._add_direction("_b", "A_b_log", config, own=self.bidirectional == "v2")
+        self.out_proj = nn.Linear(self.d_inner, config.hidden_size, bias=config.use_bias)
+
+    def _add_direction(self, suffix, decay_name, config, own):
+        """The parameters of one direction; without `own` it shares all but the decay A with the forward direction."""
+        E, N, R, K = self.d_inner, self.d_state, self.dt_rank, self.d_conv
+        modules = {}
+        if own:
+            modules["conv1d"] = nn.Conv1d(E, E, K, groups=E, padding=K - 1, bias=config.use_conv_bias)
+            modules["x_proj"] = nn.Linear(E, R + 2 * N, bias=False)
+            modules["dt_proj"] = nn.Linear(R, E, bias=True)
+            self.register_parameter("D" + suffix, nn.Parameter(torch.ones(E)))
+        for name, module in modules.items():
+            self.add_module(name + suffix, module)
+        self.register_parameter(decay_name, nn.Parameter(torch.zeros(E, N)))
+
+    def directions(self):
+        """What each direction runs on: (conv1d, x_proj, dt_proj, A_log, D), the forward direction first."""
+        forward = (self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
+        if self.bidirectional == "none":
+            return [forward]
+        if self.bidirectional == "v1":
+            return [forward, (self.conv1d, self.x_proj, self.dt_proj, self.A_b_log, self.D)]
+        return [forward, (self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b)]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
+        if self.bidirectional == "v1":  # one convolution, one projection; only the scan runs both ways
+            inputs = [self._scan_inputs(x, self.conv1d, self.x_proj, self.dt_proj, False)] * 2
+        else:
+            inputs = [
+                self._scan_inputs(x, conv1d, x_proj, dt_proj, backwards)
+                for backwards, (conv1d, x_proj, dt_proj, _, _) in zip((False, True), self.directions())
+            ]
+        decays = [-torch.exp(A_log.float()) for *_, A_log, _ in self.directions()]
+        skips = [D.float() for *_, D in self.directions()]
+        biases = [dt_proj.bias.float() for _, _, dt_proj, _, _ in self.directions()]
+        if len(inputs) == 1:
+            u, delta, B, C = inputs[0]
+            y = self._scan(u, delta, decays[0], B, C, skips[0], biases[0], False)
+        else:
+            u, delta, B, C = (torch.stack(pair) for pair in zip(*inputs))
+            A, D, bias = (torch.stack(pair) for pair in (decays, skips, biases))
+            y = self._scan(u, delta, A, B, C, D, bias, (False, True)).sum(0)
+            if self.scale_out != 1.0:
+                y = y * self.scale_out
+        return self.out_proj(y * F.silu(gate))
+
+    def _scan(self, u, delta, A, B, C, D, bias, reverse):
+        return selective_scan(
+            u, delta, A, B, C, D, bias, True, reverse=reverse, implementation=self.scan_implementation
+        )
+
+    def _scan_inputs(self, x, conv1d, x_proj, dt_proj, backwards):
+        """u (B, L, E), delta (B, L, E) before bias and softplus, B and C (B, L, N) of one direction."""
+        u = F.silu(causal_conv1d(x, conv1d.weight, conv1d.bias, backwards))
+        low_rank, B, C = x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        return u, F.linear(low_rank, dt_proj.weight), B, C
+
+
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, backwards: bool = False) -> Tensor:
+    """Depthwise causal convolution over time: x (B, L, E), weight (E, 1, K), bias (E,) -> (B, L, E) in x's dtype.
+
+    `backwards`: causal in reversed time, as if x were flipped, convolved and flipped back.
+    """
+    K, L = weight.shape[-1], x.shape[1]
+    if backwards:
+        weight = weight.flip(-1)
+    padding = (0, K - 1) if backwards else (K - 1, 0)
+    if x.device.type == "cpu":
+        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        return F.conv1d(F.pad(x.transpose(1, 2), padding), weight, bias, groups=weight.shape[0]).transpose(1, 2)
+    # Accelerators: K shifted products in the layout the projections use; torch.compile makes one kernel of them.
+    padded = F.pad(x, (0, 0, *padding))
+    taps = weight[:, 0].t()
+    y = sum(padded[:, k : k + L] * taps[k] for k in range(K))
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+@torch.no_grad()
+def init_mixer_(mixer: MambaMixer, config: MambaRsstBaseConfig, residual_scale: float = 1.0) -> None:
+    """The paper's initialisation (sec. 3.6): A = -(1..N), dt log-uniform in [time_step_min, time_step_max], D = 1.
+
+    residual_scale: divides out_proj's initial weights, 1/sqrt(number of residual additions) as in GPT-2.
+    """
+    for conv1d, _, dt_proj, A_log, D in mixer.directions():
+        states = torch.arange(1, mixer.d_state + 1, dtype=torch.float32, device=A_log.device)
+        init.copy_(A_log, torch.log(states).expand_as(A_log))
+        init.ones_(D)
+        bound = mixer.dt_rank**-0.5 * config.time_step_scale
+        init.uniform_(dt_proj.weight, -bound, bound)
+        low, high = math.log(config.time_step_min), math.log(config.time_step_max)
+        dt = torch.exp(torch.rand(mixer.d_inner, device=dt_proj.bias.device) * (high - low) + low)
+        dt = dt.clamp(min=config.time_step_floor)
+        init.copy_(dt_proj.bias, dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        init.kaiming_uniform_(conv1d.weight, a=math.sqrt(5))
+        if conv1d.bias is not None:
+            init.zeros_(conv1d.bias)
+    if residual_scale != 1.0:
+        init.copy_(mixer.out_proj.weight, mixer.out_proj.weight * residual_scale)
+
+
+def no_weight_decay(model: nn.Module) -> set[str]:
+    """Names of the parameters that weight decay must leave alone: vectors (biases, norms, D), A_log and tokens."""
+    tokens = getattr(model, "_token_parameters", ())
+    names = set()
+    for name, parameter in model.named_parameters():
+        last = name.rpartition(".")[2]
+        if parameter.dim() < 2 or last in ("A_log", "A_b_log") or last in tokens:
+            names.add(name)
+    return names

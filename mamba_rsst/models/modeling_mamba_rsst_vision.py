@@ -1,0 +1,208 @@
+"""MambaForImageClassification: Vision Mamba (Vim) as a Hugging Face model."""
+
+# Legend: B batch, T tokens, D hidden_size, F intermediate_size
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithNoAttention, ImageClassifierOutputWithNoAttention
+from transformers.modeling_utils import PreTrainedModel
+
+from .configuration_mamba_rsst_vision import MambaRsstVisionConfig
+from .mamba_mixer import FP32_PARAMETERS, MambaMixer, init_mixer_, no_weight_decay
+
+
+class MambaMLP(nn.Module):
+    """fc1 (D -> F), GELU, fc2 (F -> D)."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.intermediate_size = config.widths("intermediate_size")[layer_idx]
+        self.fc1 = nn.Linear(config.hidden_size, self.intermediate_size)
+        self.fc2 = nn.Linear(self.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+def make_norm(config) -> nn.Module:
+    kind = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}[config.norm]
+    return kind(config.hidden_size, eps=config.layer_norm_epsilon)
+
+
+def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
+    """Stochastic depth (Huang et al. 2016, arXiv:1603.09382): drop a sample's whole branch with probability `rate`."""
+    if rate == 0.0 or not training:
+        return x
+    keep = torch.empty((x.shape[0], *[1] * (x.dim() - 1)), dtype=x.dtype, device=x.device).bernoulli_(1.0 - rate)
+    return x * keep / (1.0 - rate)
+
+
+class MambaVisionBlock(GradientCheckpointingLayer):
+    """x + mixer(norm(x)), then x + mlp(norm2(x)) where the layer has an MLP."""
+
+    def __init__(self, config: MambaRsstVisionConfig, layer_idx: int):
+        super().__init__()
+        self.residual_in_fp32 = config.residual_in_fp32
+        self.drop_path = config.drop_path_rate * layer_idx / max(1, config.num_hidden_layers - 1)
+        self.norm = make_norm(config)
+        self.mixer = MambaMixer(config, layer_idx)
+        if config.widths("intermediate_size")[layer_idx]:
+            self.norm2 = make_norm(config)
+            self.mlp = MambaMLP(config, layer_idx)
+        else:
+            self.norm2 = self.mlp = None
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if self.residual_in_fp32:
+            hidden_states = hidden_states.float()
+        hidden_states = self._branch(hidden_states, self.norm, self.mixer)
+        return hidden_states if self.mlp is None else self._branch(hidden_states, self.norm2, self.mlp)
+
+    def _branch(self, residual, norm, branch):
+        out = branch(norm(residual.to(norm.weight.dtype)))
+        return residual + drop_path(out, self.drop_path, self.training)
+
+
+class MambaVisionEmbeddings(nn.Module):
+    """Patches, class token(s) and position embedding: (B, C, H, W) -> (B, T, D)."""
+
+    def __init__(self, config: MambaRsstVisionConfig):
+        super().__init__()
+        self.image_size, self.num_channels = config.image_size, config.num_channels
+        self.patch_embeddings = nn.Conv2d(
+            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
+        )
+        patches = (config.image_size // config.patch_size) ** 2
+        places = {"none": [], "start": [0], "middle": [patches // 2], "end": [patches], "both": [0, patches + 1]}
+        self.class_token_places = places[config.class_token]
+        count = len(self.class_token_places)
+        if count:
+            self.cls_token = nn.Parameter(torch.zeros(1, count, config.hidden_size))
+        self.position_embeddings = nn.Parameter(torch.zeros(1, patches + count, config.hidden_size))
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        expected = (self.num_channels, self.image_size, self.image_size)
+        if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != expected:
+            raise ValueError(
+                f"`pixel_values` must be (batch, {', '.join(map(str, expected))}), got {tuple(pixel_values.shape)}."
+            )
+        x = self.patch_embeddings(pixel_values.to(self.patch_embeddings.weight.dtype)).flatten(2).transpose(1, 2)
+        for i, place in enumerate(self.class_token_places):
+            token = self.cls_token[:, i : i + 1].expand(x.shape[0], -1, -1).to(x.dtype)
+            x = torch.cat([x[:, :place], token, x[:, place:]], dim=1)
+        return self.dropout(x + self.position_embeddings)
+
+
+class MambaVisionPreTrainedModel(PreTrainedModel):
+    config_class = MambaRsstVisionConfig
+    base_model_prefix = "backbone"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # the loss is a plain mean: the trainer must divide by the accumulation steps
+    _no_split_modules = ["MambaVisionBlock"]
+    _keep_in_fp32_modules_strict = FP32_PARAMETERS
+    _token_parameters = ("cls_token", "position_embeddings")
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that weight decay must leave alone."""
+        return no_weight_decay(self)
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        config = self.config
+        additions = config.num_hidden_layers * (2 if any(config.widths("intermediate_size")) else 1)
+        scale = additions**-0.5 if config.rescale_prenorm_residual else 1.0
+        if isinstance(module, MambaMixer):
+            init_mixer_(module, config, scale)
+        elif isinstance(module, MambaMLP):
+            init.copy_(module.fc2.weight, module.fc2.weight * scale)
+        elif isinstance(module, MambaVisionEmbeddings):
+            init.trunc_normal_(module.position_embeddings, std=0.02)
+            if module.class_token_places:
+                init.trunc_normal_(module.cls_token, std=0.02)
+        elif isinstance(module, nn.Conv2d):
+            fan_in = module.weight[0].numel()
+            init.trunc_normal_(module.weight, std=fan_in**-0.5)
+            init.zeros_(module.bias)
+        elif isinstance(module, MambaForImageClassification):
+            init.trunc_normal_(module.classifier.weight, std=config.initializer_range)
+        elif isinstance(module, nn.Linear):
+            # torch's own default. What a mixer or MLP wants otherwise is set when its turn comes, after its children.
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, (nn.RMSNorm, nn.LayerNorm)):
+            init.ones_(module.weight)
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
+
+
+class MambaVisionModel(MambaVisionPreTrainedModel):
+    """The backbone: images to normalised token features."""
+
+    def __init__(self, config: MambaRsstVisionConfig):
+        super().__init__(config)
+        self.embeddings = MambaVisionEmbeddings(config)
+        self.layers = nn.ModuleList(MambaVisionBlock(config, i) for i in range(config.num_hidden_layers))
+        self.norm_f = make_norm(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(self, pixel_values: Tensor, output_hidden_states: bool | None = None, return_dict: bool | None = None):
+        """pixel_values (B, C, H, W) -> last_hidden_state (B, T, D); hidden_states: the stream before each block."""
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        hidden_states = self.embeddings(pixel_values)
+        kept = []
+        for layer in self.layers:
+            if wanted:
+                kept.append(hidden_states)
+            hidden_states = layer(hidden_states)
+        hidden_states = self.norm_f(hidden_states.to(self.norm_f.weight.dtype))
+        kept = (*kept, hidden_states) if wanted else None
+        if not (self.config.return_dict if return_dict is None else return_dict):
+            return tuple(x for x in (hidden_states, kept) if x is not None)
+        return BaseModelOutputWithNoAttention(last_hidden_state=hidden_states, hidden_states=kept)
+
+
+class MambaForImageClassification(MambaVisionPreTrainedModel):
+    """The backbone with a linear head on its class token (or on the mean of all tokens).
+
+    forward(pixel_values (B, C, H, W), labels) -> loss, logits (B, num_labels). labels are class indices (B,), or soft
+    targets (B, num_labels) as Mixup makes them; the loss is the cross-entropy in fp32. Raises ValueError for images of
+    another size than the config's.
+    """
+
+    def __init__(self, config: MambaRsstVisionConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.backbone = MambaVisionModel(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ):
+        outputs = self.backbone(pixel_values, output_hidden_states=output_hidden_states, return_dict=True)
+        tokens = outputs.last_hidden_state
+        places = self.backbone.embeddings.class_token_places
+        logits = self.classifier((tokens[:, places] if places else tokens).mean(dim=1))
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits.float(), labels if labels.dim() == 1 else labels.float())
+        if not (self.config.return_dict if return_dict is None else return_dict):
+            return tuple(x for x in (loss, logits, outputs.hidden_states) if x is not None)
+        return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+
+__all__ = ["MambaForImageClassification", "MambaVisionModel", "MambaVisionPreTrainedModel"]

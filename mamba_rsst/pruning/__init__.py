@@ -1,0 +1,34 @@
+"""Width pruning through one table of coupled slices. Knows slices, not model classes."""
+
+from .budget import BudgetError
+from .config import PruningConfig
+from .groups import TARGETS, Group, Layout, Slice, find_groups
+from .importance import IMPORTANCE, register_importance, score_channels
+from .masks import Masks, apply_masks_
+from .penalty import PENALTIES, leaving_share
+from .prune import PruningTable, prune_, select_channels
+from .schedules import SCHEDULES
+from .shrink import shrink_
+
+
+__all__ = [
+    "IMPORTANCE",
+    "PENALTIES",
+    "SCHEDULES",
+    "TARGETS",
+    "BudgetError",
+    "Group",
+    "Layout",
+    "Masks",
+    "PruningConfig",
+    "PruningTable",
+    "Slice",
+    "apply_masks_",
+    "find_groups",
+    "leaving_share",
+    "prune_",
+    "register_importance",
+    "score_channels",
+    "select_channels",
+    "shrink_",
+]

@@ -1,0 +1,91 @@
+"""Penalties that empty the leaving channels while the rest of the network learns to do without them."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from .groups import Group, channel_norms
+from .masks import Masks
+
+
+PENALTIES = ("growing_l2", "group_lasso")
+PENALTY_SCOPES = ("leaving", "all")
+MAX_DECAY = 0.99
+"""Largest fraction of a weight that one step of decay may take: w * (1 - lr lambda) must not change sign."""
+
+
+@torch.no_grad()
+def decay_(groups: Iterable[Group], masks: Masks, amount: float) -> None:
+    """Decoupled decay, w <- w (1 - amount), of the leaving channels' producer and consumer slices.
+
+    amount: lr * lambda, in [0, 1). Outside the gradient on purpose: there Adam would divide it by its own size.
+    Growing L2 regularisation (Wang et al. 2021, arXiv:2012.09243) in AdamW's decoupled form (arXiv:1711.05101).
+    Raises ValueError for an amount outside [0, 1).
+    """
+    if not 0.0 <= amount < 1.0:
+        raise ValueError(f"lr * lambda must be in [0, 1), got {amount}; lower lambda_max.")
+    slices, factors = [], []
+    for group in groups:
+        if group.name in masks:
+            factor = None
+            for view in group.scored_views():
+                if factor is None:
+                    keep = masks[group.name].to(view.parameter.device)
+                    factor = 1.0 - amount * (~keep).to(torch.float32)
+                slices.append(view.tensor)
+                factors.append(view.along(factor).to(view.parameter.dtype))
+    if slices:
+        torch._foreach_mul_(slices, factors)
+
+
+def group_lasso(groups: Iterable[Group], masks: Masks, scope: str = "leaving") -> Tensor:
+    """Sum over channels of ||w_g||_2 (Wen et al. 2016, arXiv:1608.03665), differentiable, fp32 scalar.
+
+    w_g: the channel's producer and consumer slices. scope: the "leaving" channels, or "all" of the groups' channels.
+    """
+    total = torch.zeros(())
+    for group in groups:
+        if scope == "leaving" and group.name not in masks:
+            continue
+        squares = sum(view.per_channel(view.tensor.square()) for view in group.scored_views())
+        norms = (squares + 1e-12).sqrt()  # the root has no gradient at 0
+        if scope == "leaving":
+            norms = norms[~masks[group.name].to(norms.device)]
+        total = total.to(norms.device) + norms.sum()
+    return total
+
+
+@torch.no_grad()
+def leaving_share(groups: Iterable[Group], masks: Masks) -> float:
+    """Norm of the leaving channels over the norm of all channels, in [0, 1]: 0 when the cut will change nothing."""
+    leaving = everything = 0.0
+    for group in groups:
+        squares = channel_norms(group).square()
+        everything += float(squares.sum())
+        if group.name in masks:
+            leaving += float(squares[~masks[group.name].to(squares.device)].sum())
+    return (leaving / everything) ** 0.5 if everything > 0 else 0.0
+
+
+def strength_for(residual: float, rates: list[float], schedule: Callable[[float], float]) -> float:
+    """lambda_max under which growing_l2 alone shrinks a leaving weight to `residual` of its size over a stage.
+
+    rates: the learning rate of every step of the stage.  schedule: f(u).
+    Solves prod_t (1 - min(MAX_DECAY, lr_t lambda_max f(u_t))) = residual by bisection; the gradient pushes back, so
+    what is really left is measured and logged. Raises ValueError where no strength can do it.
+    """
+    import math
+
+    steps = [(lr, schedule((t + 1) / len(rates))) for t, lr in enumerate(rates)]
+    product = lambda lam: sum(math.log1p(-min(MAX_DECAY, lr * lam * f)) for lr, f in steps)  # noqa: E731
+    goal = math.log(residual)
+    low, high = 0.0, 1.0
+    while product(high) > goal:
+        high *= 2
+        if high > 1e12:
+            raise ValueError(f"{len(rates)} steps are too few to shrink the leaving channels to {residual}.")
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if product(middle) > goal else (low, middle)
+    return high

@@ -1,0 +1,248 @@
+"""Recipes: one strict YAML file is one reproducible run. A wrong key or type is an error that names the choices."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from pathlib import Path
+
+import yaml
+
+from .models.configuration_mamba_rsst import MambaRsstBaseConfig
+from .models.configuration_mamba_rsst_vision import PRESETS, MambaRsstVisionConfig
+from .pruning import PruningConfig
+from .training.arguments import RSSTConfig
+from .training.augmentation import AugmentationConfig
+from .training.data import ImageDataConfig
+
+
+TASKS = ("image-classification",)
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run; the message names the key and the choices."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSection:
+    """`preset`, a shape by name, or `path`, a checkpoint to start from; other keys override the preset's config."""
+
+    preset: str | None = None
+    path: str | None = None
+    overrides: dict = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        if (self.preset is None) == (self.path is None):
+            raise ValueError("needs either `preset` or `path`")
+        if self.preset is not None and self.preset not in PRESETS:
+            raise ValueError(f"`preset` must be one of {sorted(PRESETS)}, got {self.preset!r}")
+        if self.path is not None and self.overrides:
+            raise ValueError(f"`path` brings its own config; {sorted(self.overrides)} cannot be changed")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A validated recipe. `training` holds RSSTConfig's arguments by name."""
+
+    task: str
+    model: ModelSection
+    data: ImageDataConfig
+    augmentation: AugmentationConfig | None
+    pruning: PruningConfig | None
+    training: dict
+
+    def training_arguments(self) -> RSSTConfig:
+        return RSSTConfig(**self.training)
+
+    def to_yaml(self) -> str:
+        """The resolved recipe: loads to an equal Recipe."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=100)
+
+    def to_dict(self) -> dict:
+        start = {k: getattr(self.model, k) for k in ("preset", "path") if getattr(self.model, k) is not None}
+        sections = {
+            "task": self.task,
+            "model": {**start, **self.model.overrides},
+            "data": dataclasses.asdict(self.data),
+            "augmentation": self.augmentation and dataclasses.asdict(self.augmentation),
+            "pruning": self.pruning and {**dataclasses.asdict(self.pruning), "targets": list(self.pruning.targets)},
+            "training": self.training,
+        }
+        return {k: v for k, v in sections.items() if v is not None}
+
+
+def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
+    """Read a YAML file, apply `section.key=value` overrides and validate. Raises RecipeError or FileNotFoundError."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no recipe {str(path)!r}.")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{str(path)!r} must hold the sections {SECTIONS}, got {type(content).__name__}.")
+    for override in overrides:
+        _override(content, override)
+    return build_recipe(content, default_output=f"runs/{path.stem}")
+
+
+def build_recipe(content: dict, default_output: str = "runs/run") -> Recipe:
+    """A Recipe from nested dicts, as YAML reads them. Raises RecipeError."""
+    _check_keys(content, SECTIONS, "")
+    if content.get("task") not in TASKS:
+        raise RecipeError(f"`task` must be one of {list(TASKS)}, got {content.get('task')!r}.")
+    for section in ("model", "training"):
+        if not isinstance(content.get(section), dict):
+            raise RecipeError(f"The recipe needs a section `{section}` with keys below it.")
+    fields = _field_types(RSSTConfig)
+    _check_keys(content["training"], fields, "training.")
+    training = {k: coerce(v, fields[k], f"training.{k}") for k, v in content["training"].items()}
+    training.setdefault("output_dir", default_output)
+    try:
+        RSSTConfig(**{k: v for k, v in training.items() if k in _OWN_ARGUMENTS}, output_dir=training["output_dir"])
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"training: {error}") from error
+    pruning = _section(PruningConfig, content.get("pruning"), "pruning")
+    method = training.get("method", "rsst")
+    if pruning is None and method != "dense":
+        raise RecipeError(f"The recipe needs a section `pruning` for training.method={method}.")
+    return Recipe(
+        task=content["task"],
+        model=_model_section(content["model"]),
+        data=_section(ImageDataConfig, content.get("data") or {}, "data"),
+        augmentation=_section(AugmentationConfig, content.get("augmentation"), "augmentation"),
+        pruning=pruning,
+        training=training,
+    )
+
+
+SECTIONS = [f.name for f in dataclasses.fields(Recipe)]
+_OWN_ARGUMENTS = set(RSSTConfig.__annotations__) | {"num_train_epochs", "max_steps"}
+
+
+def _model_section(content: dict) -> ModelSection:
+    # Only the configs' own fields: the many that PreTrainedConfig brings are no shapes of a model.
+    fields = {
+        **{k: v for k, v in _field_types(ModelSection).items() if k != "overrides"},
+        **MambaRsstBaseConfig.__annotations__,
+        **MambaRsstVisionConfig.__annotations__,
+    }
+    _check_keys(content, fields, "model.")
+    values = {k: coerce(v, fields[k], f"model.{k}") for k, v in content.items()}
+    start = {k: values.pop(k) for k in ("preset", "path") if k in values}
+    try:
+        section = ModelSection(**start, overrides=values)
+        if section.preset:
+            MambaRsstVisionConfig.preset(section.preset, **values)
+        return section
+    except ValueError as error:
+        raise RecipeError(f"model: {error}") from error
+
+
+def _section(cls, content, name):
+    if content is None:
+        return None
+    if not isinstance(content, dict):
+        raise RecipeError(f"`{name}` must be a section with keys below it, got {content!r}.")
+    fields = _field_types(cls)
+    _check_keys(content, fields, f"{name}.")
+    try:
+        return cls(**{k: coerce(v, fields[k], f"{name}.{k}") for k, v in content.items()})
+    except RecipeError:
+        raise
+    except ValueError as error:
+        raise RecipeError(f"{name}: {error}") from error
+
+
+def _field_types(cls) -> dict[str, object]:
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init and not f.name.startswith("_")}
+
+
+def _check_keys(content: dict, known, prefix: str) -> None:
+    for key in content:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            choices = f"; choose from {sorted(known)}" if len(known) < 30 else ""
+            raise RecipeError(f"Unknown key `{prefix}{key}`{hint}{choices}.")
+
+
+def coerce(value, kind, name: str):
+    """`value` as the annotated type; the one conversion made is to numbers, since YAML reads 1e-3 as a string."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind is typing.Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        failed = None
+        # The more particular types first, so that "1e-3" becomes a number where one is allowed.
+        for option in sorted((a for a in args if a is not type(None)), key=_particularity):
+            try:
+                return coerce(value, option, name)
+            except RecipeError as error:
+                failed = error
+        if len([a for a in args if a is not type(None)]) == 1:
+            raise failed
+        raise RecipeError(f"`{name}` must be {_spell(kind)}, got {value!r}.")
+    if origin in (list, tuple) and isinstance(value, (list, tuple)):
+        return [coerce(v, args[0], name) if args else v for v in value]
+    if origin is dict and isinstance(value, dict):
+        return {k: coerce(v, args[1], f"{name}.{k}") if args else v for k, v in value.items()}
+    if kind is float and not isinstance(value, bool):
+        if isinstance(value, (int, float, str)):
+            try:
+                return float(value)
+            except ValueError:
+                pass
+    elif kind is int and not isinstance(value, bool):
+        if isinstance(value, int):
+            return value
+        if isinstance(value, float) and value.is_integer():
+            return int(value)
+    elif isinstance(kind, type) and origin is None and isinstance(value, kind):
+        return value
+    elif isinstance(kind, type) and origin is None and kind not in (str, bool, int, float, list, dict):
+        return value  # an enum or a config object: its own class checks it
+    raise RecipeError(f"`{name}` must be {_spell(kind)}, got {value!r}.")
+
+
+def _particularity(kind) -> int:
+    order = [bool, int, float, list, dict, str]
+    return order.index(kind) if kind in order else len(order) - 1
+
+
+def _spell(kind) -> str:
+    args = typing.get_args(kind)
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return " or ".join(_spell(a) for a in args)
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    return names.get(kind) or str(kind).replace("typing.", "")
+
+
+def _override(content: dict, text: str) -> None:
+    key, equals, value = text.partition("=")
+    section, dot, name = key.partition(".")
+    if not equals or (not dot and key != "task"):
+        raise RecipeError(f"An override is `section.key=value`, got {text!r}.")
+    try:
+        value = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"The value of the override {text!r} is not valid YAML.") from error
+    if key == "task":
+        content["task"] = value
+        return
+    _check_keys({section: None}, SECTIONS, "")
+    if content.get(section) is None:
+        content[section] = {}
+    if not isinstance(content[section], dict):
+        raise RecipeError(f"`{section}` holds no keys: {text!r} has nowhere to go.")
+    name, dot, inner = name.partition(".")
+    if dot:  # one level more: pruning.sparsity.d_inner=0.5
+        if not isinstance(content[section].get(name), dict):
+            content[section][name] = {}
+        content[section][name][inner] = value
+    else:
+        content[section][name] = value

@@ -1,0 +1,350 @@
+"""What a person looks at: result tables, two figures, and the model card.
+
+`results` is the content of results.json. Its `rows` ("dense", "cut", "recovered") hold accuracy (a fraction),
+parameters, macs (of one image), images_per_s (_low and _high: quartiles), peak_memory (bytes); a dash where missing.
+`history` is a Trainer's `log_history`, each entry with its `stage` and an `epoch` that never restarts.
+"""
+
+import io
+import os
+import re
+from itertools import groupby
+from pathlib import Path
+
+
+MISSING = "–"
+
+# Okabe and Ito's palette (two of them darker, for text), which colour-blind readers can tell apart
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#00785A", "#AA4499", "#555555"
+TINTS = {"train": "#E4ECF4", "rsst": "#FBEEDB", "recover": "#E3F2EA"}
+
+
+def write_atomic(path, content: bytes | str) -> Path:
+    """Write beside `path`, then rename: a reader sees the old file or the new one, never half of one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        beside.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return path
+
+
+def human(number) -> str:
+    """Three significant digits and a unit: 1234567 -> 1.23M."""
+    for unit in ("", "k", "M", "G", "T", "P"):
+        if abs(number) < 999.5 or unit == "P":
+            return f"{number:.3g}{unit}"
+        number /= 1000
+
+
+# ---- tables ----
+COLUMNS = (  # title, key, the value as text, how it compares with the dense row's
+    ("Accuracy", "accuracy", "{:.2%}".format, lambda v, dense: f"{100 * (v - dense):+.2f}"),
+    ("Params", "parameters", human, lambda v, dense: f"{v / dense:.1%}"),
+    ("MACs / image", "macs", human, lambda v, dense: f"{v / dense:.1%}"),
+    ("Images / s", "images_per_s", lambda v: f"{v:,.{0 if v >= 100 else 1}f}", lambda v, dense: f"{v / dense:.2f}×"),
+    ("Peak memory", "peak_memory", lambda v: f"{v / 2**20:,.1f} MiB", lambda v, dense: f"{v / dense:.1%}"),
+)
+
+
+def results_table(results: dict):
+    """A rich Table, one line a row of `results`, each compared with the dense row."""
+    from rich import box
+    from rich.table import Table
+
+    title = " ".join(str(results[key]) for key in ("model", "dataset", "method") if results.get(key))
+    table = Table(title=title, caption=_notes(results), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("Model", no_wrap=True)
+    for title, key, *_ in COLUMNS:
+        table.add_column(title, justify="right", no_wrap=key == "images_per_s")  # on a narrow screen the others wrap
+    for row in results["rows"]:
+        table.add_row(*_cells(row, results))
+    return table
+
+
+def print_results(results: dict, console=None):
+    from rich.console import Console
+
+    (console or Console()).print(results_table(results))
+
+
+def results_markdown(results: dict) -> str:
+    """The same table in Markdown, without its title."""
+    lines = [["Model", *(column[0] for column in COLUMNS)], [":--", *["--:"] * len(COLUMNS)]]
+    lines += [_cells(row, results) for row in results["rows"]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\n" + _notes(results)
+
+
+def _cells(row, results) -> list[str]:
+    """The row's name and values, each with (compared with dense, quartiles) as far as they are known."""
+    dense = next((other for other in results["rows"] if other["name"] == "dense"), {})
+    cells = [row["name"]]
+    for _, key, text, compared in COLUMNS:
+        value, base, more = row.get(key), dense.get(key), []
+        if value is None:
+            cells.append("n/a" if key in row else MISSING)  # could not be measured; was not
+            continue
+        if base and row is not dense:
+            more.append(compared(value, base))
+        if row.get(f"{key}_low") is not None:
+            more.append(f"{text(row[f'{key}_low'])}–{text(row[f'{key}_high'])}")
+        cells.append(text(value) + (f" ({', '.join(more)})" if more else ""))
+    return cells
+
+
+def _notes(results) -> str:
+    batch, device = results.get("batch_size", MISSING), results.get("device", MISSING)
+    return (
+        "In brackets: against dense (accuracy in points). "
+        f"Images / s: median and quartiles, batch {batch}, on {device}. "
+        "Peak memory: the weights, and the peak of one inference forward on top."
+    )
+
+
+def widths_table(table: list[dict]):
+    """A rich Table of {layer, target, before, after}, then the total of each target with its sparsity."""
+    from rich.table import Table
+
+    if not table:
+        raise ValueError("The table of widths is empty: nothing would be pruned.")
+    shown = Table(title="Channels before and after")
+    for column in ("Layer", "Target", "Before", "After", "Sparsity"):
+        shown.add_column(column, justify="left" if column == "Target" else "right")
+    totals = []
+    for target in dict.fromkeys(row["target"] for row in table):
+        rows = [row for row in table if row["target"] == target]
+        totals.append({"layer": "total", "target": target} | {k: sum(r[k] for r in rows) for k in ("before", "after")})
+    for row in (*table, *totals):
+        before, after, style = row["before"], row["after"], "bold" if row["layer"] == "total" else None
+        cells = (row["target"], f"{before:,}", f"{after:,}", f"{1 - after / before:.1%}" if before else MISSING)
+        shown.add_row(str(row["layer"]), *cells, style=style, end_section=row is table[-1])
+    return shown
+
+
+# ---- figures ----
+def plot_widths(widths: dict, path) -> Path:
+    """PNG: one panel a target, one bar a layer, the dense width in outline and the kept width filled.
+
+    widths: {"d_inner": {"dense": [one int a layer], "kept": [one int a layer]}, ...}
+    """
+    for target, both in widths.items():
+        if len(both["dense"]) != len(both["kept"]):
+            raise ValueError(f"{target}: {len(both['dense'])} dense widths but {len(both['kept'])} kept ones.")
+    widths = {target: both for target, both in widths.items() if sum(both["dense"])}  # no MLP: no panel
+    if not widths:
+        raise ValueError("There are no widths to plot.")
+
+    layers = max(len(both["dense"]) for both in widths.values())
+    figure, panels = _figure(min(max(3 + 0.42 * layers, 6), 11), 0.5 + 2.6 * len(widths), len(widths))
+    for panel, (target, both) in zip(panels, widths.items(), strict=True):
+        dense, kept, top = both["dense"], both["kept"], max(*both["dense"], *both["kept"])
+        bars = panel.bar(range(len(kept)), kept, width=0.8, color=BLUE, label="kept")
+        panel.bar(range(len(kept)), dense, width=0.8, fill=False, edgecolor=GREY, linewidth=0.9, label="dense")
+        if layers <= 24:  # the number inside its bar, or above a bar too low for it
+            size = 9 if layers <= 16 else 7.5
+            for inside, padding, colour in ((False, 1, "black"), (True, -size - 4, "white")):
+                numbers = [width if (width > 0.2 * top) == inside else "" for width in kept]
+                panel.bar_label(bars, numbers, padding=padding, fontsize=size, color=colour)
+            panel.set_xticks(range(layers))
+        share = f"{sum(kept) / sum(dense):.1%}"
+        panel.set_title(f"{target}: {sum(kept):,} of {sum(dense):,} channels kept ({share})", loc="left")
+        panel.set(ylabel="channels", ylim=(0, 1.08 * top), xlim=(-0.7, layers - 0.3))
+    panels[-1].set_xlabel("layer")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
+    return _save(figure, path)
+
+
+def plot_training(history: list[dict], path) -> Path:
+    """PNG over cumulative epochs, the stages shaded: loss and accuracy; below, lambda and the leaving channels' share.
+
+    What the history lacks is left out, and with it the lower panel (a baseline has no lambda).
+    """
+    history = [entry for entry in history if "epoch" in entry]
+    series = {key: _series(history, key) for key in ("loss", "eval_accuracy", "lambda", "leaving_share")}
+    plan = [
+        [("loss", "train loss", BLUE, ".-"), ("eval_accuracy", "eval accuracy (%)", ORANGE, "o--")],
+        [("lambda", "penalty λ", GREEN, ".-"), ("leaving_share", "leaving channels' share", PURPLE, "o--")],
+    ]
+    plan = [lines for lines in ([line for line in panel if series[line[0]][0]] for panel in plan) if lines]
+    if not plan:
+        raise ValueError("The history holds neither loss nor accuracy nor penalty: there is nothing to plot.")
+
+    figure, panels = _figure(10, 4.2 if len(plan) == 1 else 6.6, len(plan), height_ratios=[3, 2][: len(plan)])
+    for panel, lines in zip(panels, plan, strict=True):
+        for index, (key, label, colour, style) in enumerate(lines):
+            axis = panel.twinx() if index else panel
+            axis.spines["top"].set_visible(False)
+            epochs, values = series[key]
+            axis.plot(epochs, values, style, color=colour, markersize=4 if len(epochs) <= 100 else 0, clip_on=False)
+            axis.set_ylabel(label, color=colour, fontsize=11)
+            positive = [value for value in values if value > 0]  # nan, which breaks the line, is not
+            if key in ("lambda", "leaving_share") and positive and max(positive) > 10 * min(positive):
+                axis.set_yscale("log", nonpositive="mask")
+            axis.tick_params(axis="y", which="both", colors=colour, labelsize=10)
+    _shade_stages(history, panels, inches=8)
+    panels[-1].set_xlabel("epoch, all stages together")
+    return _save(figure, path)
+
+
+def _series(history, key) -> tuple[list, list]:
+    """Epochs and values of `key` (accuracy in percent), a nan between two stages so that the line breaks there."""
+    epochs, values = [], []
+    for _, entries in groupby(history, key=lambda entry: entry.get("stage")):
+        points = [(entry["epoch"], entry[key]) for entry in entries if entry.get(key) is not None]
+        for epoch, value in [(points[0][0], float("nan")), *points] if points else ():
+            epochs.append(epoch)
+            values.append(100 * value if key == "eval_accuracy" else value)
+    return epochs, values
+
+
+def _shade_stages(history, panels, inches):
+    """Tint each stage in every panel and name it above the first, upright where the names would not fit."""
+    spans, start = [], 0.0
+    for stage, entries in groupby(history, key=lambda entry: entry.get("stage")):
+        end = max(entry["epoch"] for entry in entries)
+        if stage and end > start:
+            spans.append((stage, start, end))
+        start = max(start, end)
+    panels[0].set_xlim(0, start or 1)
+    scale, last = inches / (start or 1), -1.0
+    upright = any(0.09 * len(stage) > scale * (end - begin) for stage, begin, end in spans)
+    style = {"ha": "center", "va": "bottom", "rotation": 90 if upright else 0, "fontsize": 10, "color": GREY}
+    for stage, begin, end in spans:
+        for panel in panels:
+            panel.axvspan(begin, end, color=TINTS.get(stage.split("-")[0], "#EFEFEF"), lw=0, zorder=-1)
+            panel.axvline(end, color="white", linewidth=1.5, zorder=-1)
+        middle = (begin + end) / 2
+        if not upright or scale * middle - last > 0.18:
+            panels[0].text(middle, 1.02, stage, transform=panels[0].get_xaxis_transform(), **style)
+            last = scale * middle
+
+
+def _figure(width, height, rows, **options):
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
+    panels = figure.subplots(rows, sharex=True, squeeze=False, **options)[:, 0]
+    for panel in panels:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(axis="y", color="#D9D9D9", linewidth=0.6)
+        panel.set_axisbelow(True)
+        panel.xaxis.label.set_size(11)
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    return figure, panels
+
+
+def _save(figure, path) -> Path:
+    figure.savefig(png := io.BytesIO(), format="png")
+    return write_atomic(path, png.getvalue())
+
+
+# ---- model card ----
+METHODS = {
+    "rsst": """The network was trained, its channels were scored, and the lowest were decayed away under a growing
+penalty while the rest learned to do without them; then cut out (regularised structured sparsity training, RSST).""",
+    "refill": """The network was trained, an unstructured magnitude mask told how many channels each layer needs, the
+best ones were kept whole and the others were cut out (refill, Chen et al. 2022).""",
+}
+TARGETS = {"d_inner": "channels of the state-space layers", "intermediate_size": "neurons of the MLPs"}
+NOT_PRUNED = "It is not pruned: the baseline that pruned models are compared with."
+PRUNED = """It was made smaller by *structured pruning*: whole channels were taken out of its layers. The tensors
+really are smaller, so it needs less memory and arithmetic on any hardware, without sparse kernels."""
+
+
+def model_card(
+    results: dict, recipe_yaml: str, *, base_model=None, library_name="transformers", repo_hint="your-name/your-model"
+) -> str:
+    """README.md for the model of the last row. Every number in it comes from `results` or the recipe.
+
+    `base_model` and the dataset enter the front matter only if they can be hub ids; a path shows its last part alone.
+    The figures are figures/widths.png if `results` has widths, and figures/training.png unless its `trained` is False.
+    """
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    row, hub_dataset, dataset = results["rows"][-1], _hub_id(results["dataset"]), Path(results["dataset"]).name
+    measured = {"dataset_type": hub_dataset or dataset, "dataset_name": dataset, "task_type": "image-classification"}
+    measured |= {"metric_type": "accuracy", "metric_value": row.get("accuracy")}
+    front = ModelCardData(
+        library_name=library_name,
+        pipeline_tag="image-classification",
+        tags=["mamba", "vision", *["pruning"] * (row["name"] != "dense"), "mamba_rsst"],
+        datasets=hub_dataset,
+        base_model=_hub_id(base_model),
+        metrics=["accuracy"],
+        model_name=repo_hint.split("/")[-1],
+        eval_results=[EvalResult(**measured)] if row.get("accuracy") is not None else None,
+    )
+    text = _card_text(results, recipe_yaml.strip("\n"), dataset, repo_hint)
+    return str(ModelCard(f"---\n{front.to_yaml()}\n---\n\n{text}"))  # raises if the hub could not read it
+
+
+def _card_text(results, recipe, dataset, repo) -> str:
+    last = results["rows"][-1]["name"]
+    figures = "![Channels kept in each layer](figures/widths.png)\n\n" if results.get("widths") else ""
+    figures += "![Loss, accuracy and penalty](figures/training.png)" if results.get("trained", True) else ""
+    done = [METHODS.get(results.get("method"), f"Method: {results.get('method', MISSING)}.")]
+    done[0] += "\nThe smaller network was then trained on to recover.\n" if last == "recovered" else "\n"
+    for target, removed in results.get("channel_sparsity", {}).items():
+        done.append(f"- {TARGETS.get(target, 'channels')} (`{target}`): {removed:.1%} removed")
+    done += [f"- parameters: {results['param_reduction']:.1%} fewer"] if "param_reduction" in results else []
+    done = "\n".join(done) if last != "dense" else "Ordinary training; no channel was removed."
+    minutes = f"{results['seconds'] / 60:.1f}" if "seconds" in results else MISSING
+    versions = ", ".join(" ".join(map(str, item)) for item in results.get("versions", {}).items())
+    return f"""# {repo.split("/")[-1]}
+
+A Mamba image classifier (a state-space model in place of attention) for {dataset}.
+{NOT_PRUNED if last == "dense" else PRUNED}
+
+{results_markdown(results)}
+
+{figures}
+
+## How to use it
+
+```python
+from transformers import AutoModelForImageClassification, pipeline
+
+# without the package: runs the model code kept in this repository
+classify = pipeline("image-classification", model="{repo}", trust_remote_code=True)
+print(classify("image.png"))
+
+# with it: importing the package registers the architecture, so no remote code has to be trusted
+import mamba_rsst
+
+model = AutoModelForImageClassification.from_pretrained("{repo}")
+```
+
+## How it was made
+
+{done}
+
+Seed {results.get("seed", MISSING)}, {minutes} minutes, with {versions or MISSING}.
+
+<details><summary>The recipe</summary>
+
+````yaml
+{recipe}
+````
+
+</details>
+
+## Limitations
+
+- Accuracy is of one run with one seed, measured on {dataset} alone; by class it was not measured.
+- Speed and memory hold for the device and batch size named; elsewhere the ratios differ.
+
+## Citation
+
+Mamba [arXiv:2312.00752](https://arxiv.org/abs/2312.00752), Vision Mamba [2401.09417](https://arxiv.org/abs/2401.09417),
+structured lottery tickets (Chen et al. 2022) [2202.04736](https://arxiv.org/abs/2202.04736).
+"""
+
+
+def _hub_id(name) -> str | None:
+    """The name if it can be on the hub; None for nothing, for a path, and for the digits that scikit-learn brings."""
+    known = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(name or "")) and not os.path.exists(name)
+    return str(name) if known and name != "digits" else None

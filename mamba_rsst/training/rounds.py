@@ -1,0 +1,153 @@
+"""The rounds of a run: which stages it has, and the folder that lets it go on after an interruption anywhere."""
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from ..pruning import Masks
+from .arguments import RSSTConfig
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stretch of training. Order of events: select, train, cut, rewind.
+
+    select: choose the channels that leave, from the weights at the start.  decay: penalise them while training.
+    cut: remove them at the end.  rewind: then set the survivors back.  round: 1-based; 0 = before pruning.
+    """
+
+    name: str
+    epochs: float
+    learning_rate: float
+    round: int = 0
+    select: bool = False
+    decay: bool = False
+    cut: bool = False
+    rewind: bool = False
+
+
+def plan_stages(args: RSSTConfig) -> list[Stage]:
+    """The stages of a run, see RSSTConfig."""
+    epochs = float(args.num_train_epochs)
+    stages = [Stage("train", epochs, args.learning_rate)]
+    if args.method == "dense":
+        return stages
+
+    def default(value, other):
+        return float(other if value is None else value)
+
+    recovery = default(args.recovery_epochs, epochs)
+    recovery_rate = default(args.recovery_learning_rate, args.learning_rate)
+    for r in range(1, args.num_rounds + 1):
+        if args.method == "rsst":
+            length = default(args.rsst_epochs, epochs)
+            if length == 0:
+                raise ValueError("`rsst_epochs` must be set when `num_train_epochs` is 0.")
+            rate = default(args.rsst_learning_rate, args.learning_rate)
+            stages.append(Stage(f"rsst-{r}", length, rate, r, select=True, decay=True, cut=True))
+        else:
+            rewind = args.rewind != "none"
+            stages.append(Stage(f"prune-{r}", 0.0, args.learning_rate, r, select=True, cut=True, rewind=rewind))
+        if recovery > 0:
+            stages.append(Stage(f"recover-{r}", recovery, recovery_rate, r))
+    return stages
+
+
+def round_sparsity(sparsity: float, round_index: int, num_rounds: int) -> float:
+    """Cumulative sparsity after a round: densities multiply, (1 - s)^(i / S), so the last round reaches s."""
+    return 1.0 - (1.0 - sparsity) ** (round_index / num_rounds)
+
+
+@dataclass
+class RunState:
+    """What a run has done so far, as JSON in its folder; all else follows from it and the stages' folders."""
+
+    stages: list[str]
+    done: int = 0
+    """Stages that are finished, their models saved."""
+    history: list[dict] = field(default_factory=list)
+    """The log entries of finished stages, with `stage` and cumulative `step` and `epoch`."""
+    metrics: dict[str, dict] = field(default_factory=dict)
+    """Stage -> {"before_cut": metrics, "after_cut": metrics, "end": metrics}, as `evaluate` gives them."""
+    dense_widths: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+class RunFolder:
+    """The layout of a run's folder.
+
+    rsst_state.json; start/ the initial weights; stages/<i>-<name>/: masks.safetensors (what that stage chose),
+    checkpoint-*/ while it trains, model/ once it is finished, rewind/ the initial weights cut alike.
+    """
+
+    STATE = "rsst_state.json"
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+
+    def exists(self) -> bool:
+        return (self.path / self.STATE).is_file()
+
+    def read(self, stages: list[Stage]) -> RunState:
+        """Raises ValueError if the folder's run has other stages than this one."""
+        state = RunState(**json.loads((self.path / self.STATE).read_text()))
+        names = [s.name for s in stages]
+        if state.stages != names:
+            raise ValueError(f"{str(self.path)!r} holds a run with the stages {state.stages}, not {names}.")
+        return state
+
+    def write(self, state: RunState) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        beside = self.path / f".{self.STATE}.tmp"
+        beside.write_text(json.dumps(asdict(state), indent=1))
+        os.replace(beside, self.path / self.STATE)
+
+    @property
+    def start(self) -> Path:
+        return self.path / "start"
+
+    def stage(self, index: int, stage: Stage) -> Path:
+        return self.path / "stages" / f"{index}-{stage.name}"
+
+    def model(self, index: int, stages: list[Stage]) -> Path:
+        """The model that stage `index` starts from."""
+        return self.start if index == 0 else self.stage(index - 1, stages[index - 1]) / "model"
+
+    def rewind_point(self, index: int, stages: list[Stage]) -> Path:
+        """Where the survivors of stage `index` go back to: the newest cut copy of the rewind point."""
+        for i in range(index - 1, -1, -1):
+            if (path := self.stage(i, stages[i]) / "rewind").is_dir():
+                return path
+        return self.start
+
+
+def save_masks(masks: Masks, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".tmp")
+    save_file({name: mask.cpu() for name, mask in masks.items()}, beside)
+    os.replace(beside, path)
+
+
+def load_masks(path: Path) -> Masks:
+    return load_file(path)
+
+
+def last_complete_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint whose writing was finished: trainer_state.json is written last."""
+    checkpoints = []
+    for path in folder.glob("checkpoint-*"):
+        try:
+            json.loads((path / "trainer_state.json").read_text())
+            checkpoints.append((int(path.name.rpartition("-")[2]), str(path)))
+        except (OSError, ValueError):
+            continue  # interrupted while it was written
+    return max(checkpoints)[1] if checkpoints else None
+
+
+def remove_checkpoints(folder: Path) -> None:
+    for path in folder.glob("checkpoint-*"):
+        shutil.rmtree(path, ignore_errors=True)
