@@ -1,4 +1,4 @@
-.PHONY: style quality test test-slow bench
+.PHONY: style quality test test-slow notebooks bench
 
 sources := mamba_rsst tests benchmarks
 
@@ -15,6 +15,9 @@ test:      ## everything that CI runs
 
 test-slow: ## the long end-to-end runs
 	python -m pytest -m slow
+
+notebooks: ## run every notebook (needs the extra `notebooks`)
+	python -m pytest --nbmake --nbmake-timeout=900 notebooks
 
 bench:     ## the CPU benchmarks
 	python benchmarks/bench_scan.py

@@ -30,11 +30,17 @@ AutoModelForImageClassification.register(MambaRsstVisionConfig, MambaForImageCla
 MambaRsstVisionConfig.register_for_auto_class()
 MambaForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 
-_LAZY = {"RSSTConfig": "training.arguments", "RSSTTrainer": "training.trainer"}
+_LAZY = {
+    "RSSTConfig": "training.arguments",
+    "RSSTTrainer": "training.trainer",
+    "load_model": "hub",
+    "load_recipe": "recipe",
+    "run_recipe": "run",
+}
 
 
 def __getattr__(name):
-    """The trainer is imported when it is first asked for: it costs seconds, and models and pruning do without it."""
+    """What needs the trainer is imported when first asked for: it costs seconds, and models and pruning do without."""
     if name in _LAZY:
         import importlib
 
@@ -54,8 +60,11 @@ __all__ = [
     "__version__",
     "apply_masks_",
     "find_groups",
+    "load_model",
+    "load_recipe",
     "prune_",
     "register_importance",
+    "run_recipe",
     "select_channels",
     "selective_scan",
     "shrink_",

@@ -9,10 +9,18 @@ DEBUG_VARIABLE = "MAMBA_RSST_DEBUG"
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if args.command == "train" and all("=" in word and not word.startswith("-") for word in rest):
+        args.overrides += rest  # argparse takes no positional arguments behind an option: train RECIPE --resume a.b=c
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # of loading and writing weights; those of training and evaluation stay
     try:
         args.run(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         if os.environ.get(DEBUG_VARIABLE):
             raise
         print(f"mamba-rsst {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -24,8 +32,13 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="mamba-rsst",
         description="Make Mamba models really smaller and really faster.",
         epilog=f"Set {DEBUG_VARIABLE}=1 to see where an error comes from.",
@@ -34,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train and prune as a recipe says")
     train.add_argument("recipe", help="YAML file, see recipes/")
-    train.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
+    train.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="changes to the recipe")
     train.add_argument("--resume", action="store_true", help="go on with an interrupted run, same recipe")
     train.set_defaults(run=_train)
 
@@ -203,8 +216,11 @@ def _eval(args) -> None:
     c = model.config
     data = load_image_data(config, image_size=c.image_size, num_channels=c.num_channels)
     mean, std = _normalisation(args.model, data)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model.to(device)
+    try:
+        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:  # torch's words for an unknown device and for a missing one
+        raise ValueError(f"--device {args.device!r} cannot be used: {error}") from error
     scores = evaluation.evaluate_images(
         model, data.eval.images, data.eval.labels, mean=mean, std=std, batch_size=args.batch_size, progress=True
     )

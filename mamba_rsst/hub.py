@@ -4,7 +4,9 @@ import json
 import os
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedModel
+from transformers.utils import logging
 
 
 AUTO_CLASSES = {
@@ -29,17 +31,22 @@ def load_model(path: str | os.PathLike, **kwargs) -> PreTrainedModel:
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"{name!r} has no config.json: it is not a saved model.")
         try:
-            model_type = json.loads((folder / "config.json").read_text()).get("model_type")
+            content = json.loads((folder / "config.json").read_text())
         except ValueError as error:
             raise ValueError(f"{name!r} has a config.json that is not valid JSON: {error}") from error
+        model_type = content.get("model_type") if isinstance(content, dict) else None
         if model_type not in AUTO_CLASSES:
             raise ValueError(f"{name!r} has model_type {model_type!r}; supported are {sorted(AUTO_CLASSES)}.")
     try:
         config = AutoConfig.from_pretrained(name)
     except OSError as error:
         raise FileNotFoundError(f"Neither a folder nor a model on the Hub that can be reached: {name!r}.") from error
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise ValueError(f"{name!r} has a config.json that describes no model: {_one_line(error)}") from error
     if config.model_type not in AUTO_CLASSES:
         raise ValueError(f"{name!r} has model_type {config.model_type!r}; supported are {sorted(AUTO_CLASSES)}.")
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what does not fit is said once, below
     try:
         model, info = AUTO_CLASSES[config.model_type].from_pretrained(
             name, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
@@ -50,6 +57,8 @@ def load_model(path: str | os.PathLike, **kwargs) -> PreTrainedModel:
         if type(error).__name__ != "SafetensorError":
             raise
         raise ValueError(f"The weights of {name!r} are damaged: {_one_line(error)}") from error
+    finally:
+        logging.set_verbosity(verbosity)
     for kind, what in (
         ("mismatched_keys", "have another shape than its config says"),
         ("missing_keys", "are missing"),

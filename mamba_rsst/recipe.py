@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import enum
 import types
 import typing
 from pathlib import Path
@@ -52,7 +53,11 @@ class Recipe:
     training: dict
 
     def training_arguments(self) -> RSSTConfig:
-        return RSSTConfig(**self.training)
+        """Raises RecipeError for settings that this machine or installation cannot follow."""
+        try:
+            return RSSTConfig(**self.training)
+        except (ValueError, TypeError, ImportError, RuntimeError) as error:
+            raise RecipeError(f"training: {error}") from error
 
     def to_yaml(self) -> str:
         """The resolved recipe: loads to an equal Recipe."""
@@ -71,13 +76,24 @@ class Recipe:
         return {k: v for k, v in sections.items() if v is not None}
 
 
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML's own loader lets the last of two equal keys win."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        for i, (key, _) in enumerate(node.value):
+            if key.value in keys[:i]:
+                raise yaml.constructor.ConstructorError(None, None, f"`{key.value}` stands twice", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
     """Read a YAML file, apply `section.key=value` overrides and validate. Raises RecipeError or FileNotFoundError."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no recipe {str(path)!r}.")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
@@ -98,10 +114,10 @@ def build_recipe(content: dict, default_output: str = "runs/run") -> Recipe:
     fields = _field_types(RSSTConfig)
     _check_keys(content["training"], fields, "training.")
     training = {k: coerce(v, fields[k], f"training.{k}") for k, v in content["training"].items()}
-    training.setdefault("output_dir", default_output)
+    training["output_dir"] = training.get("output_dir") or default_output
     try:
-        RSSTConfig(**{k: v for k, v in training.items() if k in _OWN_ARGUMENTS}, output_dir=training["output_dir"])
-    except (ValueError, TypeError) as error:
+        RSSTConfig.check(**training)
+    except ValueError as error:
         raise RecipeError(f"training: {error}") from error
     pruning = _section(PruningConfig, content.get("pruning"), "pruning")
     method = training.get("method", "rsst")
@@ -118,7 +134,6 @@ def build_recipe(content: dict, default_output: str = "runs/run") -> Recipe:
 
 
 SECTIONS = [f.name for f in dataclasses.fields(Recipe)]
-_OWN_ARGUMENTS = set(RSSTConfig.__annotations__) | {"num_train_epochs", "max_steps"}
 
 
 def _model_section(content: dict) -> ModelSection:
@@ -177,14 +192,17 @@ def coerce(value, kind, name: str):
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
+        options = [a for a in args if a is not type(None)]
+        if choices := [a for a in options if isinstance(a, type) and issubclass(a, enum.Enum)]:
+            options = choices  # transformers writes `IntervalStrategy | str` where only the strategies will do
         failed = None
         # The more particular types first, so that "1e-3" becomes a number where one is allowed.
-        for option in sorted((a for a in args if a is not type(None)), key=_particularity):
+        for option in sorted(options, key=_particularity):
             try:
                 return coerce(value, option, name)
             except RecipeError as error:
                 failed = error
-        if len([a for a in args if a is not type(None)]) == 1:
+        if len(options) == 1:
             raise failed
         raise RecipeError(f"`{name}` must be {_spell(kind)}, got {value!r}.")
     if origin in (list, tuple) and isinstance(value, (list, tuple)):
@@ -202,10 +220,14 @@ def coerce(value, kind, name: str):
             return value
         if isinstance(value, float) and value.is_integer():
             return int(value)
+    elif isinstance(kind, type) and issubclass(kind, enum.Enum):
+        text = "no" if value is False else value  # as YAML reads a bare no
+        if text in [choice.value for choice in kind]:
+            return text
     elif isinstance(kind, type) and origin is None and isinstance(value, kind):
         return value
     elif isinstance(kind, type) and origin is None and kind not in (str, bool, int, float, list, dict):
-        return value  # an enum or a config object: its own class checks it
+        return value  # a config object: its own class checks it
     raise RecipeError(f"`{name}` must be {_spell(kind)}, got {value!r}.")
 
 
@@ -218,6 +240,8 @@ def _spell(kind) -> str:
     args = typing.get_args(kind)
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         return " or ".join(_spell(a) for a in args)
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return f"one of {[choice.value for choice in kind]}"
     names = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     return names.get(kind) or str(kind).replace("typing.", "")
 

@@ -22,7 +22,8 @@ from .training.trainer import RSSTTrainer
 
 RECIPE_FILE = "recipe.yaml"
 RESULTS_FILE = "results.json"
-MEASURED_BATCH = 64
+MEASURED_BATCH = {"cpu": 64, "cuda": 512}
+"""Images at a time when the finished models are timed, by device: enough to keep it busy."""
 
 
 def run_recipe(recipe: Recipe, resume: bool = False) -> dict:
@@ -38,6 +39,7 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> dict:
     data = load_image_data(recipe.data, image_size=config.image_size, num_channels=config.num_channels)
     model = _start_model(recipe, config, data)
     trainer = _trainer(recipe, args, model, data)
+    trainer.accelerator.wait_for_everyone()  # every process has found the folder free before one writes to it
     if trainer.is_world_process_zero():
         folder.mkdir(parents=True, exist_ok=True)
         report.write_atomic(folder / RECIPE_FILE, recipe.to_yaml())
@@ -94,27 +96,33 @@ def _start_model(recipe: Recipe, config, data: ImageData) -> MambaForImageClassi
 
 
 def _trainer(recipe: Recipe, args, model, data: ImageData) -> RSSTTrainer:
+    if args.dataloader_num_workers:
+        raise ValueError("`training.dataloader_num_workers` must be 0: the images live in memory, on the device.")
+    args.dataloader_pin_memory = False
     train = data.train.to(args.device)
     common = {"mean": data.mean, "std": data.std, "num_classes": len(data.id2label)}
     augmentation = BatchAugmentation(recipe.augmentation) if recipe.augmentation else None
     plain = ImageTensors(train.images, train.labels)
     calibration = None
     if recipe.pruning is not None:
-        size, collate = args.per_device_train_batch_size, ImageCollator(plain, **common)
+        size, collate = args.train_batch_size * args.world_size, ImageCollator(plain, **common)
         starts = range(0, min(len(plain), size * args.calibration_batches), size)
         calibration = [collate(list(range(s, min(len(plain), s + size)))) for s in starts]
-    return RSSTTrainer(
-        model=model,
-        args=args,
-        pruning=recipe.pruning,
-        train_dataset=train,
-        eval_dataset=data.eval.to(args.device),
-        data_collator=ImageCollator(train, augmentation=augmentation, seed=args.seed, **common),
-        eval_data_collator=ImageCollator(data.eval, **common),
-        calibration=calibration,
-        processing_class=_image_processor(model.config, data),
-        compute_metrics=_accuracy,
-    )
+    try:
+        return RSSTTrainer(
+            model=model,
+            args=args,
+            pruning=recipe.pruning,
+            train_dataset=train,
+            eval_dataset=data.eval.to(args.device),
+            data_collator=ImageCollator(train, augmentation=augmentation, seed=args.seed, **common),
+            eval_data_collator=ImageCollator(data.eval, **common),
+            calibration=calibration,
+            processing_class=_image_processor(model.config, data),
+            compute_metrics=_accuracy,
+        )
+    except (ImportError, RuntimeError) as error:  # training.report_to names a tracker that is not installed
+        raise ValueError(f"training: {error}") from error
 
 
 def _accuracy(prediction) -> dict:
@@ -137,13 +145,17 @@ def _finish(trainer: RSSTTrainer, recipe: Recipe, data: ImageData, folder: Path)
     cuts = [i for i, stage in enumerate(stages) if stage.cut]
     if cuts:
         last = cuts[-1]
-        rows["cut"] = (place.model(last + 1, stages), state.metrics[stages[last].name]["after_cut"])
-        if last + 1 < len(stages):
+        recovers = last + 1 < len(stages)  # else the last stage's model, rewound or not, is the result
+        metrics = state.metrics[stages[last].name]["after_cut" if recovers else "end"]
+        rows["cut"] = (place.model(last + 1, stages), metrics)
+        if recovers:
             rows["recovered"] = (place.model(len(stages), stages), state.metrics[stages[-1].name]["end"])
     models = {name: type(model).from_pretrained(path).to(model.device) for name, (path, _) in rows.items()}
     size = (model.config.num_channels, model.config.image_size, model.config.image_size)
-    inputs = {"pixel_values": torch.randn(MEASURED_BATCH, *size, device=model.device)}
-    timings = evaluation.compare_throughput(models, inputs)
+    batch = MEASURED_BATCH.get(model.device.type, MEASURED_BATCH["cpu"])
+    inputs = {"pixel_values": torch.randn(batch, *size, device=model.device)}
+    dtype = torch.bfloat16 if trainer.args.bf16 else torch.float16 if trainer.args.fp16 else None
+    timings = evaluation.compare_throughput(models, inputs, autocast_dtype=dtype)
     table = [
         {
             "name": name,
@@ -153,7 +165,7 @@ def _finish(trainer: RSSTTrainer, recipe: Recipe, data: ImageData, folder: Path)
             "images_per_s": timings[name].items_per_s,
             "images_per_s_low": timings[name].low,
             "images_per_s_high": timings[name].high,
-            "peak_memory": evaluation.measure_peak_memory(models[name], inputs),
+            "peak_memory": evaluation.measure_peak_memory(models[name], inputs, autocast_dtype=dtype),
         }
         for name, (_, metrics) in rows.items()
     ]
@@ -164,8 +176,8 @@ def _finish(trainer: RSSTTrainer, recipe: Recipe, data: ImageData, folder: Path)
         "dataset": recipe.data.path,
         "seed": trainer.args.seed,
         "rows": table,
-        "batch_size": MEASURED_BATCH,
-        "device": _device_name(model.device),
+        "batch_size": batch,
+        "device": _device_name(model.device) + (f", {str(dtype).removeprefix('torch.')}" if dtype else ""),
         "versions": {"python": platform.python_version(), "torch": torch.__version__}
         | {"transformers": transformers.__version__},
         "seconds": state.seconds,
@@ -185,7 +197,8 @@ def _finish(trainer: RSSTTrainer, recipe: Recipe, data: ImageData, folder: Path)
         results["channel_sparsity"] = {t: 1 - sum(w["kept"]) / sum(w["dense"]) for t, w in results["widths"].items()}
         results["param_reduction"] = 1 - table[-1]["parameters"] / table[0]["parameters"]
         report.plot_widths(results["widths"], folder / "figures" / "widths.png")
-    if any(stage.epochs for stage in stages):
+    results["trained"] = any(key in entry for entry in state.history for key in ("loss", "eval_accuracy"))
+    if results["trained"]:
         report.plot_training(state.history, folder / "figures" / "training.png")
     lines = "".join(json.dumps(entry) + "\n" for entry in state.history)
     report.write_atomic(folder / "training_log.jsonl", lines)

@@ -22,6 +22,7 @@ from mamba_rsst.report import (
     write_atomic,
 )
 
+
 DENSE = {
     "name": "dense",
     "accuracy": 0.9,

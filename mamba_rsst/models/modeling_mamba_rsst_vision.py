@@ -24,6 +24,7 @@ class MambaMLP(nn.Module):
         self.intermediate_size = config.widths("intermediate_size")[layer_idx]
         self.fc1 = nn.Linear(config.hidden_size, self.intermediate_size)
         self.fc2 = nn.Linear(self.intermediate_size, config.hidden_size)
+        self.fc2.ends_branch = True
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
@@ -34,12 +35,15 @@ def make_norm(config) -> nn.Module:
     return kind(config.hidden_size, eps=config.layer_norm_epsilon)
 
 
-def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
-    """Stochastic depth (Huang et al. 2016, arXiv:1603.09382): drop a sample's whole branch with probability `rate`."""
-    if rate == 0.0 or not training:
-        return x
-    keep = torch.empty((x.shape[0], *[1] * (x.dim() - 1)), dtype=x.dtype, device=x.device).bernoulli_(1.0 - rate)
-    return x * keep / (1.0 - rate)
+def draw_branch_scales(rates: list[float], x: Tensor) -> Tensor:
+    """Stochastic depth (Huang et al. 2016, arXiv:1603.09382), drawn for all layers at once: (layers, 2, B, 1, 1) fp32.
+
+    What a layer's two branches are multiplied by: 0 with the layer's rate for a sample, else 1 / (1 - rate). Drawn
+    outside the blocks, so that blocks which differ only in their rate share compiled code.
+    """
+    keep = 1.0 - torch.tensor(rates, device=x.device)[:, None, None]
+    keep = keep.expand(-1, 2, x.shape[0])
+    return (torch.bernoulli(keep) / keep)[..., None, None]
 
 
 class MambaVisionBlock(GradientCheckpointingLayer):
@@ -48,7 +52,6 @@ class MambaVisionBlock(GradientCheckpointingLayer):
     def __init__(self, config: MambaRsstVisionConfig, layer_idx: int):
         super().__init__()
         self.residual_in_fp32 = config.residual_in_fp32
-        self.drop_path = config.drop_path_rate * layer_idx / max(1, config.num_hidden_layers - 1)
         self.norm = make_norm(config)
         self.mixer = MambaMixer(config, layer_idx)
         if config.widths("intermediate_size")[layer_idx]:
@@ -57,15 +60,17 @@ class MambaVisionBlock(GradientCheckpointingLayer):
         else:
             self.norm2 = self.mlp = None
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, branch_scales: Tensor | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, D); branch_scales (2, B, 1, 1): what the two branches are multiplied by, None = 1."""
         if self.residual_in_fp32:
             hidden_states = hidden_states.float()
-        hidden_states = self._branch(hidden_states, self.norm, self.mixer)
-        return hidden_states if self.mlp is None else self._branch(hidden_states, self.norm2, self.mlp)
+        first, second = (None, None) if branch_scales is None else branch_scales.unbind(0)
+        hidden_states = self._branch(hidden_states, self.norm, self.mixer, first)
+        return hidden_states if self.mlp is None else self._branch(hidden_states, self.norm2, self.mlp, second)
 
-    def _branch(self, residual, norm, branch):
+    def _branch(self, residual, norm, branch, scale):
         out = branch(norm(residual.to(norm.weight.dtype)))
-        return residual + drop_path(out, self.drop_path, self.training)
+        return residual + (out if scale is None else out * scale.to(out.dtype))
 
 
 class MambaVisionEmbeddings(nn.Module):
@@ -121,8 +126,6 @@ class MambaVisionPreTrainedModel(PreTrainedModel):
         scale = additions**-0.5 if config.rescale_prenorm_residual else 1.0
         if isinstance(module, MambaMixer):
             init_mixer_(module, config, scale)
-        elif isinstance(module, MambaMLP):
-            init.copy_(module.fc2.weight, module.fc2.weight * scale)
         elif isinstance(module, MambaVisionEmbeddings):
             init.trunc_normal_(module.position_embeddings, std=0.02)
             if module.class_token_places:
@@ -131,11 +134,15 @@ class MambaVisionPreTrainedModel(PreTrainedModel):
             fan_in = module.weight[0].numel()
             init.trunc_normal_(module.weight, std=fan_in**-0.5)
             init.zeros_(module.bias)
-        elif isinstance(module, MambaForImageClassification):
-            init.trunc_normal_(module.classifier.weight, std=config.initializer_range)
         elif isinstance(module, nn.Linear):
-            # torch's own default. What a mixer or MLP wants otherwise is set when its turn comes, after its children.
-            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            # torch's own default; what a mixer wants otherwise is set when its turn comes, after its children. An MLP
+            # and the head get no turn, having no parameters of their own: they mark their layers instead.
+            if getattr(module, "is_head", False):
+                init.trunc_normal_(module.weight, std=config.initializer_range)
+            else:
+                init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            if getattr(module, "ends_branch", False):
+                init.copy_(module.weight, module.weight * scale)
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, (nn.RMSNorm, nn.LayerNorm)):
@@ -152,6 +159,8 @@ class MambaVisionModel(MambaVisionPreTrainedModel):
         self.embeddings = MambaVisionEmbeddings(config)
         self.layers = nn.ModuleList(MambaVisionBlock(config, i) for i in range(config.num_hidden_layers))
         self.norm_f = make_norm(config)
+        last = max(1, config.num_hidden_layers - 1)
+        self.drop_path_rates = [config.drop_path_rate * i / last for i in range(config.num_hidden_layers)]
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -159,11 +168,14 @@ class MambaVisionModel(MambaVisionPreTrainedModel):
         """pixel_values (B, C, H, W) -> last_hidden_state (B, T, D); hidden_states: the stream before each block."""
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         hidden_states = self.embeddings(pixel_values)
+        scales = [None] * len(self.layers)
+        if self.training and self.config.drop_path_rate > 0:
+            scales = draw_branch_scales(self.drop_path_rates, hidden_states).unbind(0)
         kept = []
-        for layer in self.layers:
+        for layer, scale in zip(self.layers, scales):
             if wanted:
                 kept.append(hidden_states)
-            hidden_states = layer(hidden_states)
+            hidden_states = layer(hidden_states, scale)
         hidden_states = self.norm_f(hidden_states.to(self.norm_f.weight.dtype))
         kept = (*kept, hidden_states) if wanted else None
         if not (self.config.return_dict if return_dict is None else return_dict):
@@ -184,6 +196,7 @@ class MambaForImageClassification(MambaVisionPreTrainedModel):
         self.num_labels = config.num_labels
         self.backbone = MambaVisionModel(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier.is_head = True
         self.post_init()
 
     def forward(

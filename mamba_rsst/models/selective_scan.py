@@ -2,6 +2,7 @@
 
 # Legend: G directions, B batch, L length, E d_inner, N d_state
 import os
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -35,6 +36,10 @@ IMPLEMENTATIONS = ("auto", "reference", *_BACKENDS)
 """`reference`: a loop over time. `torch`: chunked pure torch, any device. `triton`: fused kernels for CUDA."""
 
 ENVIRONMENT_VARIABLE = "MAMBA_RSST_SCAN"
+
+# Of the custom ops: "mamba_rsst", and another for each copy of this file that the Hub's remote code brings along. To
+# register a name again would take the op away from under those who hold it: compiled models, and the older copy.
+_NAMESPACE = re.sub(r"\W", "_", __name__.rpartition(".")[0].removesuffix(".models"), flags=re.ASCII)
 
 
 def selective_scan(
@@ -71,21 +76,21 @@ def selective_scan(
         u, delta, A, B, C = (x.unsqueeze(0) for x in (u, delta, A, B, C))
         D, delta_bias, initial_state = (None if x is None else x.unsqueeze(0) for x in (D, delta_bias, initial_state))
     _check(u, delta, A, B, C, D, delta_bias, initial_state, directions)
-    name = resolve_implementation(implementation, u.device)
+    name = resolve_implementation(implementation, u.device, u.dtype)
     if name == "reference":
         y, last = selective_scan_ref(u, delta, A, B, C, D, delta_bias, delta_softplus, directions, initial_state)
     else:
         mask = sum(1 << g for g, backwards in enumerate(directions) if backwards)
         inputs = (u, delta, A, B, C, D, delta_bias, initial_state)
         save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-        y, last, _ = _OPS[name](*inputs, delta_softplus, mask, save)
+        y, last, _ = _op(name)(*inputs, delta_softplus, mask, save)
     if not several:
         y, last = y[0], last[0]
     return (y, last) if return_last_state else y
 
 
-def resolve_implementation(implementation: str, device: torch.device) -> str:
-    """The back end that runs: the one asked for, or for "auto" the fastest that works on `device`."""
+def resolve_implementation(implementation: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+    """The back end that runs: the one asked for, or for "auto" the fastest that computes `dtype` right on `device`."""
     asked = implementation
     if implementation == "auto":
         implementation = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
@@ -93,14 +98,15 @@ def resolve_implementation(implementation: str, device: torch.device) -> str:
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"Unknown selective scan {asked!r}; choose from {list(IMPLEMENTATIONS)}.")
     if implementation == "auto":
-        return "triton" if triton_unusable(device.type) is None else "torch"
+        # The kernels compute in fp32, which would waste what fp64 is asked for.
+        return "triton" if triton_unusable(device.type) is None and dtype != torch.float64 else "torch"
     if implementation == "triton" and (reason := triton_unusable(device.type)):
         raise ValueError(f"The selective scan {asked!r} cannot run here: {reason}")
     return implementation
 
 
 def selective_scan_ref(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse, initial_state=None):
-    """The definition, one step at a time; arguments as `selective_scan` with the axis G in front. Returns (y, state)."""
+    """The definition, one step at a time; arguments as `selective_scan` with axis G in front. Returns (y, state)."""
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     ys, states = [], []
     for g, backwards in enumerate(reverse):
@@ -145,13 +151,9 @@ def _check(u, delta, A, B, C, D, delta_bias, initial_state, directions):
 
 
 def _register(name, backend):
-    """Make `backend` a custom op with a gradient, so that torch.compile and autograd see one opaque, typed call.
+    """Make `backend` a custom op with a gradient, so that torch.compile and autograd see one opaque, typed call."""
 
-    The back end is looked up when the op runs: remote-code copies of this file register the same names again, and
-    then the newest copy serves all.
-    """
-
-    @torch.library.custom_op(f"mamba_rsst::selective_scan_{name}", mutates_args=())
+    @torch.library.custom_op(f"{_NAMESPACE}::selective_scan_{name}", mutates_args=())
     def scan(
         u: Tensor,
         delta: Tensor,
@@ -179,7 +181,7 @@ def _register(name, backend):
             u.new_empty(shape, dtype=dtype),
         )
 
-    @torch.library.custom_op(f"mamba_rsst::selective_scan_{name}_backward", mutates_args=())
+    @torch.library.custom_op(f"{_NAMESPACE}::selective_scan_{name}_backward", mutates_args=())
     def scan_backward(
         dy: Tensor,
         dlast_state: Tensor | None,
@@ -216,15 +218,19 @@ def _register(name, backend):
         *tensors, states = ctx.saved_tensors
         if dy is None:
             dy = torch.zeros_like(tensors[0], memory_format=torch.contiguous_format)
-        op = getattr(torch.ops.mamba_rsst, f"selective_scan_{name}_backward")
-        grads = iter(op(dy, dlast_state, *tensors, states, ctx.delta_softplus, ctx.reverse))
+        grads = iter(_op(f"{name}_backward")(dy, dlast_state, *tensors, states, ctx.delta_softplus, ctx.reverse))
         return (*(next(grads) if present else None for present in ctx.present), None, None, None)
 
     scan.register_autograd(backward, setup_context=setup_context)
-    return scan
 
 
-_OPS = {name: _register(name, backend) for name, backend in _BACKENDS.items()}
+def _op(name):
+    """The registered op, looked up whenever it is called: transformers may run a changed copy of this file again."""
+    return getattr(getattr(torch.ops, _NAMESPACE), f"selective_scan_{name}")
+
+
+for _name, _backend in _BACKENDS.items():
+    _register(_name, _backend)
 
 
 def _register_flops():
@@ -240,9 +246,8 @@ def _register_flops():
         return 2 * G * Z * L * E * (4 * A[-1] + 2)
 
     for name in _BACKENDS:
-        op = getattr(torch.ops.mamba_rsst, f"selective_scan_{name}")
-        if op not in flop_registry:
-            register_flop_formula(op)(forward_flops)
+        if _op(name) not in flop_registry:
+            register_flop_formula(_op(name))(forward_flops)
 
 
 _register_flops()

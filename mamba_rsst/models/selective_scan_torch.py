@@ -153,10 +153,11 @@ class _Tile:
             view.copy_(part.flip(1) if backwards else part)
 
     def start(self, state, dtype, shape, device):
-        """A given state (G,B,E,N) as (G,Z,N,E), or zeros."""
+        """A copy of a given state (G,B,E,N) as (G,Z,N,E), or zeros: the scan writes over it."""
         if state is None:
             return torch.zeros((self.G, self.Z, *shape), dtype=dtype, device=device)
-        return self.rows_of(state).to(dtype).transpose(-1, -2).contiguous()
+        state = self.rows_of(state).transpose(-1, -2)
+        return torch.empty(state.shape, dtype=dtype, device=device).copy_(state)
 
     def rows_of(self, x):
         return x[self.directions, self.rows]

@@ -1,7 +1,7 @@
 """The selective scan on NVIDIA GPUs, forward and backward, as fused Triton kernels.
 
-One program is one warp: it walks through time for `TILE_E` channels of one sequence and direction. Softplus, the bias of
-the time step and the skip are computed on the way; a direction that runs backwards in time only indexes backwards.
+One program is one warp: it walks through time for `TILE_E` channels of one sequence and direction. Softplus, the bias
+of the time step and the skip are computed on the way; a direction that runs backwards in time only indexes backwards.
 
 - Forward: `_forward_kernel` writes y and, for the backward pass, the state that enters every chunk of `CHUNK` steps.
 - Backward: `_backward_kernel` goes from the last chunk to the first, recomputes the states of one chunk from the saved
@@ -29,15 +29,15 @@ except ImportError:
     triton, tl = None, SimpleNamespace(constexpr=lambda value: value)
 
 # Legend: G directions, B batch, L length, E d_inner, N d_state
-# Inside the kernels, N is padded to whole tiles; a "tile" is (tile_n, TILE_E), some states of all the program's channels.
+# Inside the kernels, N is padded to whole tiles; a "tile" is (tile_n, TILE_E), a few states of a program's channels.
 CHUNK = 8  # time steps between two saved states; `_sum_channels` folds just as many rows
 LANES = 32
 TILE_E = 64  # two channels a lane: loads of B and C, and sums over lanes, serve both
 QUAD = 4  # the kernels' own buffers of states are (..., N / QUAD, E, QUAD): 16 bytes a lane, whole lines a warp
 FORWARD_TILE_N = 4
 BACKWARD_TILE_N = 2  # a chunk of a tile, states and decays, stays in registers
-FORWARD_OPTIONS = dict(num_warps=1, maxnreg=128)
-BACKWARD_OPTIONS = dict(num_warps=1)
+FORWARD_OPTIONS = dict(num_warps=1, maxnreg=128, enable_fp_fusion=True)
+BACKWARD_OPTIONS = dict(num_warps=1, enable_fp_fusion=True)
 GROUP_N = 16  # states that a forward program keeps in registers; a larger N is shared by several programs
 FULL = 2048  # programs that fill a GPU (about 16 warps on each of 132 multiprocessors)
 SHORTEST_SEGMENT = 8  # chunks
@@ -103,12 +103,9 @@ def _sigmoid_of_softplus(s):
 
 
 @_jit
-def _step_size(raw, bias, inside, SOFTPLUS: tl.constexpr):
-    """The time step: 0 beyond the end of the sequence, where the state then stays as it is."""
+def _step_size(raw, bias, SOFTPLUS: tl.constexpr):
     x = raw.to(tl.float32) + bias
-    if SOFTPLUS:
-        x = _softplus(x)
-    return tl.where(inside, x, 0.0)
+    return _softplus(x) if SOFTPLUS else x
 
 
 @_jit
@@ -119,14 +116,14 @@ def _time(position, length, backwards):
 
 @_jit
 def _shift(i, position, length, backwards):
-    """From the memory index of the step at `position` to that i steps on, or to the sequence's last if it ends before."""
+    """How far in memory the step i steps after `position` is from the one at `position`; at most the last step."""
     ahead = tl.minimum(i, length - 1 - position)
     return tl.where(backwards, -ahead, ahead)
 
 
 @_jit
 def _locate(channels, batch, segments, reverse, G: tl.constexpr, EVEN: tl.constexpr):
-    """Which channels (clamped, and whether they are its to write), direction, sequence, segment... this program has."""
+    """What this program works on: channels (clamped, with a mask of those to write), direction, sequence, ..."""
     blocks = tl.cdiv(channels, _TILE_E)
     rest = tl.program_id(0)
     block = rest % blocks
@@ -170,14 +167,13 @@ def _fold(x0, x1, bit: tl.constexpr):
 
 @_jit
 def _sum_channels(rows):
-    """Sum _CHUNK = 8 rows, each (TILE_N, _LANES), over the lanes, with 9 shuffles a state instead of 40.
+    """Sum CHUNK rows, each (TILE_N, LANES), over the lanes: a butterfly that folds the rows into one as it goes.
 
-    Returns (TILE_N, _LANES); lane l holds the sum of the row that `_row_of_lane` names.
+    9 shuffles a state instead of 40. Returns (TILE_N, LANES), where lane l has the sum of row `_row_of_lane`.
     """
-    halves = ()
-    for i in tl.static_range(4):
-        halves = halves + (_fold(rows[2 * i], rows[2 * i + 1], 16),)
-    x = _fold(_fold(halves[0], halves[1], 8), _fold(halves[2], halves[3], 8), 4)
+    x0, x1 = _fold(rows[0], rows[1], 16), _fold(rows[2], rows[3], 16)
+    x2, x3 = _fold(rows[4], rows[5], 16), _fold(rows[6], rows[7], 16)
+    x = _fold(_fold(x0, x1, 8), _fold(x2, x3, 8), 4)
     lane = tl.broadcast_to(tl.arange(0, _LANES)[None, :], (x.shape[0], _LANES))
     x += tl.gather(x, lane ^ 2, axis=1)
     x += tl.gather(x, lane ^ 1, axis=1)
@@ -205,15 +201,18 @@ def _forward_kernel(
 ):  # fmt: skip
     """y, checkpoints and the last state, for TILES tiles of states. start: (G, B, segments, E, N)."""
     block, e, written, g, b, segment, group, backwards = _locate(channels, batch, segments, reverse, G, EVEN)
-    chunks = tl.cdiv(length, _CHUNK)
     sequence = g * batch + b
-    u += g * u_g + b * u_b
-    delta += g * delta_g + b * delta_b
-    B += sequence * length * N + group * TILES * TILE_N
-    C += sequence * length * N + group * TILES * TILE_N
-    y += ((group * G + g) * batch + b) * length * channels
+    begin = segment * segment_chunks * _CHUNK
+    stop = tl.minimum(begin + segment_chunks * _CHUNK, length)
+    t = _time(begin, length, backwards)
+    direction = tl.where(backwards, -1, 1)
+    u += g * u_g + b * u_b + t * u_l
+    delta += g * delta_g + b * delta_b + t * delta_l
+    B += (sequence * length + t) * N + group * TILES * TILE_N
+    C += (sequence * length + t) * N + group * TILES * TILE_N
+    y += (((group * G + g) * batch + b) * length + t) * channels
     state_size = channels.to(tl.int64) * N
-    states += sequence * chunks * state_size
+    states += sequence * tl.cdiv(length, _CHUNK) * state_size
     n = tl.arange(0, TILE_N)[:, None]
 
     bias = tl.load(delta_bias + g * channels + e) if HAS_BIAS else 0.0
@@ -228,40 +227,32 @@ def _forward_kernel(
         else:
             hs = hs + (tl.zeros((TILE_N, _TILE_E), tl.float32),)
 
-    first = segment * segment_chunks
-    end = tl.minimum(first + segment_chunks, chunks)
-    for count in range(0, end - first):
-        chunk = first + count
-        position = chunk * _CHUNK
-        t = _time(position, length, backwards)
-        if SAVE:
-            for j in tl.static_range(TILES):
-                tile = states + chunk * state_size + _private(group * TILES + j, e, channels, TILE_N)
-                tl.store(tile, hs[j], mask=written[None, :])
-        raw_u, raw_delta, ys = (), (), ()
-        for i in tl.static_range(_CHUNK):  # all loads of the chunk are under way before the first is used
-            shift = _shift(i, position, length, backwards)
-            raw_u = raw_u + (tl.load(u + t * u_l + shift * u_l + e),)
-            raw_delta = raw_delta + (tl.load(delta + t * delta_l + shift * delta_l + e),)
-        for i in tl.static_range(_CHUNK):
-            shift = _shift(i, position, length, backwards)
-            x = raw_u[i].to(tl.float32)
-            dt = _step_size(raw_delta[i], bias, position + i < length, SOFTPLUS)
-            inflow = dt * x
-            total = skip * x if HAS_D else tl.zeros((_TILE_E,), tl.float32)
-            new = ()
-            for j in tl.static_range(TILES):
-                b_tile = tl.load(B + t * N + shift * N + j * TILE_N + n)
-                c_tile = tl.load(C + t * N + shift * N + j * TILE_N + n)
-                h = tl.exp2(dt[None, :] * rates[j]) * hs[j] + inflow[None, :] * b_tile
-                total += tl.sum(h * c_tile, axis=0)
-                new = new + (h,)
-            hs = new
-            ys = ys + (total,)
-        for i in tl.static_range(_CHUNK):
-            shift = _shift(i, position, length, backwards)
-            mask = tl.where(position + i < length, written, False)
-            tl.store(y + t * channels + shift * channels + e, ys[i].to(y.dtype.element_ty), mask=mask)
+    next_u, next_delta = tl.load(u + e), tl.load(delta + e)
+    for count in range(0, stop - begin):
+        position = begin + count
+        if SAVE:  # known at compile time, unlike the next  # noqa: SIM102
+            if position % _CHUNK == 0:
+                for j in tl.static_range(TILES):
+                    tile = _private(group * TILES + j, e, channels, TILE_N)
+                    tl.store(states + position // _CHUNK * state_size + tile, hs[j], mask=written[None, :])
+        x = next_u.to(tl.float32)
+        dt = _step_size(next_delta, bias, SOFTPLUS)
+        ahead = tl.where(position + 1 < stop, direction, 0)  # the next step's inputs are fetched during this one
+        u += ahead * u_l
+        delta += ahead * delta_l
+        next_u, next_delta = tl.load(u + e), tl.load(delta + e)
+        inflow = dt * x
+        total = skip * x if HAS_D else tl.zeros((_TILE_E,), tl.float32)
+        new = ()
+        for j in tl.static_range(TILES):
+            h = tl.exp2(dt[None, :] * rates[j]) * hs[j] + inflow[None, :] * tl.load(B + j * TILE_N + n)
+            total += tl.sum(h * tl.load(C + j * TILE_N + n), axis=0)
+            new = new + (h,)
+        hs = new
+        tl.store(y + e, total.to(y.dtype.element_ty), mask=written)
+        B += direction * N
+        C += direction * N
+        y += direction * channels
 
     if segment == segments - 1:
         for j in tl.static_range(TILES):
@@ -280,8 +271,8 @@ def _backward_kernel(
 ):  # fmt: skip
     """All gradients, from the adjoints q_t = exp(delta_{t+1} A) dLoss/dh_{t+1} that enter a step from the future.
 
-    start: (G, B, segments, E, N), the adjoint that enters each segment. adjoint, dA: (G, B, segments, tiled states); they
-    carry q and the sum for dA from chunk to chunk and hold, at the end, the adjoint of the state before the segment.
+    start: (G, B, segments, E, N), the adjoint that enters each segment. adjoint, dA: (G, B, segments, private states);
+    they carry q and the sum for dA from chunk to chunk, so that adjoint ends as that of the state before the segment.
     dBC: (2, blocks of channels, G, B, L, N). dD, dbias: (G, B, segments, E).
     """
     block, e, written, g, b, segment, group, backwards = _locate(channels, batch, segments, reverse, G, EVEN)
@@ -319,18 +310,22 @@ def _backward_kernel(
 
     first = segment * segment_chunks
     end = tl.minimum(first + segment_chunks, chunks)
+    saved = tl.load(states + (end - 1) * state_size + _private(0, e, channels, TILE_N))
     for count in range(0, end - first):
         tl.debug_barrier()  # the carried tiles are written before they are read again
         chunk = end - 1 - count
         position = chunk * _CHUNK
         t = _time(position, length, backwards)
-        dts, xs, dys, by_rate, by_input = (), (), (), (), ()
+        dts, inflows, dys, by_rate, by_input = (), (), (), (), ()
         for i in tl.static_range(_CHUNK):
             shift = _shift(i, position, length, backwards)
             inside = position + i < length
-            dts = dts + (_step_size(tl.load(delta + t * delta_l + shift * delta_l + e), bias, inside, SOFTPLUS),)
+            dt = _step_size(tl.load(delta + t * delta_l + shift * delta_l + e), bias, SOFTPLUS)
+            dt = tl.where(inside, dt, 0.0)  # beyond the end, the state stays as it is
             mask = tl.where(inside, written, False)  # what sums over channels reads is 0 outside
-            xs = xs + (tl.load(u + t * u_l + shift * u_l + e, mask=mask, other=0.0).to(tl.float32),)
+            x = tl.load(u + t * u_l + shift * u_l + e, mask=mask, other=0.0).to(tl.float32)
+            dts = dts + (dt,)
+            inflows = inflows + (dt * x,)
             dys = dys + (tl.load(dy + t * dy_l + shift * dy_l + e, mask=mask, other=0.0).to(tl.float32),)
             by_rate = by_rate + (tl.zeros((_TILE_E,), tl.float32),)
             by_input = by_input + (tl.zeros((_TILE_E,), tl.float32),)
@@ -338,7 +333,11 @@ def _backward_kernel(
         for j in range(0, N // TILE_N):
             tiled = _private(j, e, channels, TILE_N)
             rate = tl.load(A + _natural(j, e, N, TILE_N)) * LOG2E
-            h = tl.load(states + chunk * state_size + tiled)
+            h = saved  # and the next tile's is fetched meanwhile
+            last = j + 1 == N // TILE_N
+            next_chunk = tl.maximum(tl.where(last, chunk - 1, chunk), first)
+            next_tile = _private(tl.where(last, 0, j + 1), e, channels, TILE_N)
+            saved = tl.load(states + next_chunk * state_size + next_tile)
             q = tl.load(adjoint + tiled)
             dA_sum = tl.load(dA + tiled)
             decays, entering, rows = (), (), ()
@@ -347,7 +346,7 @@ def _backward_kernel(
                 decay = tl.exp2(dts[i][None, :] * rate)
                 entering = entering + (h,)
                 decays = decays + (decay,)
-                h = decay * h + (dts[i] * xs[i])[None, :] * tl.load(B + t * N + shift * N + j * TILE_N + n)
+                h = decay * h + inflows[i][None, :] * tl.load(B + t * N + shift * N + j * TILE_N + n)
                 rows = rows + (_add_channels_of_lane(dys[i][None, :] * h),)
             dC_rows = _sum_channels(rows)
 
@@ -355,7 +354,7 @@ def _backward_kernel(
             for i in tl.static_range(_CHUNK - 1, -1, -1):
                 shift = _shift(i, position, length, backwards)
                 dh = dys[i][None, :] * tl.load(C + t * N + shift * N + j * TILE_N + n) + q
-                rows = rows + (_add_channels_of_lane(dh * (dts[i] * xs[i])[None, :]),)
+                rows = rows + (_add_channels_of_lane(dh * inflows[i][None, :]),)
                 q = dh * decays[i]
                 dlog_decay = q * entering[i]  # dLoss / d(delta A)
                 dA_sum += dlog_decay * dts[i][None, :]
@@ -370,26 +369,27 @@ def _backward_kernel(
 
             lane = tl.arange(0, _LANES)
             row = position + _row_of_lane()
-            stored = tl.where(lane % 4 == 0, row, length) < length
+            stored = tl.where(lane % (_LANES // _CHUNK) == 0, row, length) < length
             offset = _time(row, length, backwards)[None, :] * N + j * TILE_N + n
             tl.store(dC + offset, dC_rows, mask=stored[None, :])
             row = position + _CHUNK - 1 - _row_of_lane()
-            stored = tl.where(lane % 4 == 0, row, length) < length
+            stored = tl.where(lane % (_LANES // _CHUNK) == 0, row, length) < length
             offset = _time(row, length, backwards)[None, :] * N + j * TILE_N + n
             tl.store(dB + offset, dB_rows, mask=stored[None, :])
 
         for i in tl.static_range(_CHUNK):
             shift = _shift(i, position, length, backwards)
-            ddt = by_rate[i] * LN2 + by_input[i] * xs[i]
+            inside = position + i < length
+            mask = tl.where(inside, written, False)
+            x = tl.load(u + t * u_l + shift * u_l + e, mask=mask, other=0.0).to(tl.float32)
+            ddt = by_rate[i] * LN2 + by_input[i] * x
             if SOFTPLUS:
                 ddt = ddt * _sigmoid_of_softplus(dts[i])
             dx = by_input[i] * dts[i]
             if HAS_D:
                 dx += dys[i] * skip
-            inside = position + i < length
             dbias_sum += tl.where(inside, ddt, 0.0)
-            dD_sum += dys[i] * xs[i]
-            mask = tl.where(inside, written, False)
+            dD_sum += dys[i] * x
             tl.store(ddelta + t * channels + shift * channels + e, ddt.to(ddelta.dtype.element_ty), mask=mask)
             tl.store(du + t * channels + shift * channels + e, dx.to(du.dtype.element_ty), mask=mask)
 
@@ -413,9 +413,15 @@ def _segment_kernel(
     segment += ADJOINT
     sequence = g * batch + b
     part = sequence * segments + segment
-    x += g * u_g + b * u_b
-    delta += g * delta_g + b * delta_b
-    M += sequence * length * N + group * TILES * TILE_N
+    begin = segment * segment_chunks * _CHUNK
+    stop = tl.minimum(begin + segment_chunks * _CHUNK, length)
+    t = _time(stop - 1 if ADJOINT else begin, length, backwards)
+    direction = tl.where(backwards, -1, 1)
+    if ADJOINT:
+        direction = -direction
+    x += g * u_g + b * u_b + t * u_l
+    delta += g * delta_g + b * delta_b + t * delta_l
+    M += (sequence * length + t) * N + group * TILES * TILE_N
     n = tl.arange(0, TILE_N)[:, None]
     bias = tl.load(delta_bias + g * channels + e) if HAS_BIAS else 0.0
     rates, hs = (), ()
@@ -424,34 +430,28 @@ def _segment_kernel(
         hs = hs + (tl.zeros((TILE_N, _TILE_E), tl.float32),)
     total = tl.zeros((_TILE_E,), tl.float32)
 
-    first = segment * segment_chunks
-    end = tl.minimum(first + segment_chunks, tl.cdiv(length, _CHUNK))
-    for count in range(0, end - first):
-        chunk = end - 1 - count if ADJOINT else first + count
-        position = chunk * _CHUNK
-        t = _time(position, length, backwards)
-        raw_x, raw_delta = (), ()
-        for k in tl.static_range(_CHUNK):
-            shift = _shift(_CHUNK - 1 - k if ADJOINT else k, position, length, backwards)
-            raw_x = raw_x + (tl.load(x + t * u_l + shift * u_l + e),)
-            raw_delta = raw_delta + (tl.load(delta + t * delta_l + shift * delta_l + e),)
-        for k in tl.static_range(_CHUNK):
-            shift = _shift(_CHUNK - 1 - k if ADJOINT else k, position, length, backwards)
-            inside = position + (_CHUNK - 1 - k if ADJOINT else k) < length
-            dt = _step_size(raw_delta[k], bias, inside, SOFTPLUS)
-            inflow = tl.where(inside, raw_x[k].to(tl.float32), 0.0)
-            if not ADJOINT:
-                inflow = inflow * dt
-            total += dt
-            new = ()
-            for j in tl.static_range(TILES):
-                inflow_tile = inflow[None, :] * tl.load(M + t * N + shift * N + j * TILE_N + n)
-                decay = tl.exp2(dt[None, :] * rates[j])
-                if ADJOINT:
-                    new = new + (decay * (hs[j] + inflow_tile),)
-                else:
-                    new = new + (decay * hs[j] + inflow_tile,)
-            hs = new
+    next_x, next_delta = tl.load(x + e), tl.load(delta + e)
+    for count in range(0, stop - begin):
+        position = begin + count
+        inflow = next_x.to(tl.float32)
+        dt = _step_size(next_delta, bias, SOFTPLUS)
+        ahead = tl.where(position + 1 < stop, direction, 0)
+        x += ahead * u_l
+        delta += ahead * delta_l
+        next_x, next_delta = tl.load(x + e), tl.load(delta + e)
+        total += dt
+        if not ADJOINT:
+            inflow = inflow * dt
+        new = ()
+        for j in tl.static_range(TILES):
+            decay = tl.exp2(dt[None, :] * rates[j])
+            inflow_tile = inflow[None, :] * tl.load(M + j * TILE_N + n)
+            if ADJOINT:
+                new = new + (decay * (hs[j] + inflow_tile),)
+            else:
+                new = new + (decay * hs[j] + inflow_tile,)
+        hs = new
+        M += direction * N
 
     for j in tl.static_range(TILES):
         natural = _natural(group * TILES + j, e, N, TILE_N)

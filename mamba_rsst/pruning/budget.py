@@ -88,10 +88,11 @@ def _solve(groups, scores, config, dense, cost, allowed, total, what) -> Widths:
         return widths
     best = widths_at(high)
     if not fits(best):
-        raise BudgetError(
-            f"Cannot remove {what}: with floor={config.floor} and round_to={config.round_to} "
-            f"at most {1 - cost(best) / total:.1%} can go."
-        )
+        limits = {"floor": config.floor, "round_to": config.round_to}
+        if config.allocation == "weights":
+            limits["fillback_rate"] = config.fillback_rate
+        limits = " and ".join(f"{name}={value}" for name, value in limits.items())
+        raise BudgetError(f"Cannot remove {what}: with {limits} at most {1 - cost(best) / total:.1%} can go.")
     for _ in range(64):
         middle = (low + high) / 2
         widths = widths_at(middle)
@@ -112,22 +113,30 @@ def snap(count: float, size: int, dense: int, config: PruningConfig) -> int:
 
 
 def _counts_by_score(groups, scores, config) -> tuple[Callable[[float], list[int]], float, float]:
-    """Channels above a threshold. scope="layer" is the same with each layer's scores replaced by their ranks."""
-    ordered = []
-    for group in groups:
-        values = scores[group.name].double()
-        if config.scope == "layer":
-            ordered.append((torch.arange(group.size, dtype=torch.float64) + 0.5) / group.size)
-            continue
-        scale = {"mean": values.mean(), "max": values.max(), "none": torch.tensor(1.0)}[config.normalization]
-        ordered.append((values / scale if scale > 0 else values).sort().values)
-    low = min(float(v[0]) for v in ordered)
-    high = max(float(v[-1]) for v in ordered)
+    """Channels whose place in the common order is at or above a threshold.
+
+    scope="global": the order of all normalised scores. Equal scores are ordered by their share of worse channels in
+    the layer: each step of the threshold is one channel, and layers share a tie. scope="layer": that share alone.
+    """
+    shares = [(torch.arange(group.size, dtype=torch.float64) + 0.5) / group.size for group in groups]
+    if config.scope == "layer":
+        ordered = shares
+    else:
+        values = []
+        for group in groups:
+            v = scores[group.name].double()
+            scale = {"mean": v.mean(), "max": v.max(), "none": torch.tensor(1.0)}[config.normalization]
+            values.append((v / scale if scale > 0 else v).sort().values)
+        order = torch.cat(shares).sort(stable=True).indices
+        order = order[torch.cat(values)[order].sort(stable=True).indices]
+        places = torch.empty(len(order), dtype=torch.float64)
+        places[order] = torch.arange(len(order), dtype=torch.float64)
+        ordered = places.split([group.size for group in groups])
 
     def counts_at(threshold):
         return [len(v) - int(torch.searchsorted(v, threshold, right=False)) for v in ordered]
 
-    return counts_at, low, high * (1 + 1e-6) + 1e-12
+    return counts_at, 0.0, max(float(v[-1]) for v in ordered) + 1.0
 
 
 def _counts_by_weight(groups, scores, config) -> tuple[Callable[[float], list[float]], float, float]:
@@ -138,7 +147,7 @@ def _counts_by_weight(groups, scores, config) -> tuple[Callable[[float], list[fl
     def counts_at(threshold):
         densities = [float((m >= threshold).float().mean(dtype=torch.float64)) for m in magnitudes]
         kept = [g.size * density for g, density in zip(groups, densities)]
-        return [k + config.fillback_rate * (g.size - k) if threshold <= high else 0.0 for g, k in zip(groups, kept)]
+        return [k + config.fillback_rate * (g.size - k) for g, k in zip(groups, kept)]
 
     high = max(float(m.max()) for m in magnitudes)
     return counts_at, 0.0, high * (1 + 1e-6) + 1e-12

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 PRODUCER, CONSUMER, CARRIED = "producer", "consumer", "carried"
 """Roles: a producer writes the channel, a consumer reads it; carried slices travel with it but are never scored,
-penalised or zeroed (A_log = 0 means A = -1, not "off"). With all producers or all consumers zero a channel is silent."""
+penalised or zeroed (A_log = 0 means A = -1, not "off"). All producers or all consumers zero: the channel is silent."""
 
 
 @dataclass(frozen=True)
@@ -299,14 +299,14 @@ def find_groups(model: nn.Module, targets=TARGETS) -> list[Group]:
     for path, module in model.named_modules():
         layout = layout_of(module)
         if layout is not None:
-            groups += [Group(path, module, t, layout) for t in layout.widths if t in targets]
+            groups += [Group(path, module, t, layout) for t in layout.widths]
     found = {g.target for g in groups}
     if not groups:
         known = [layout.name for layout in LAYOUTS]
         raise ValueError(f"{type(model).__name__} has no layer with a prunable width; known are {known}.")
     if named and (missing := [t for t in targets if t not in found]):
         raise ValueError(f"{type(model).__name__} has no {missing[0]!r} to prune; it has {sorted(found)}.")
-    return groups
+    return [g for g in groups if g.target in targets]
 
 
 def channel_norms(group: Group) -> Tensor:

@@ -1,6 +1,7 @@
 """Channel importance: one score per channel, larger = keep. `register_importance` adds a score of your own."""
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -139,12 +140,13 @@ def activation(groups, calibration) -> Scores:
     return scores
 
 
-class _eval_mode:
-    def __init__(self, model):
-        self.model, self.training = model, model.training
-
-    def __enter__(self):
-        self.model.eval()
-
-    def __exit__(self, *error):
-        self.model.train(self.training)
+@contextmanager
+def _eval_mode(model):
+    """Evaluation mode; afterwards each module is back in its own, which need not be the model's."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

@@ -43,7 +43,10 @@ def group_lasso(groups: Iterable[Group], masks: Masks, scope: str = "leaving") -
     """Sum over channels of ||w_g||_2 (Wen et al. 2016, arXiv:1608.03665), differentiable, fp32 scalar.
 
     w_g: the channel's producer and consumer slices. scope: the "leaving" channels, or "all" of the groups' channels.
+    Raises ValueError for another scope.
     """
+    if scope not in PENALTY_SCOPES:
+        raise ValueError(f"Unknown scope {scope!r}; choose from {list(PENALTY_SCOPES)}.")
     total = torch.zeros(())
     for group in groups:
         if scope == "leaving" and group.name not in masks:

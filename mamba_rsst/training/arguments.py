@@ -1,6 +1,7 @@
 """RSSTConfig: transformers' TrainingArguments plus the rounds of training, pruning and recovery."""
 
-from dataclasses import dataclass, field
+import warnings
+from dataclasses import dataclass, field, fields
 
 from transformers import TrainingArguments
 
@@ -62,9 +63,25 @@ class RSSTConfig(TrainingArguments):
         default=0.0, metadata={"help": "Weight w of the dense model's soft targets: (1-w) task + w T^2 KL, in [0, 1]."}
     )
     distillation_temperature: float = field(default=2.0, metadata={"help": "Temperature T of the soft targets."})
+    compile_blocks: bool = field(
+        default=False,
+        metadata={"help": "torch.compile each block by itself: fused kernels, seconds to compile, once per width."},
+    )
     calibration_batches: int = field(default=8, metadata={"help": "Training batches that data-driven scores look at."})
 
     def __post_init__(self):
+        self._check()
+        super().__post_init__()
+        self._warn_of_ignored()
+
+    @classmethod
+    def check(cls, **arguments) -> None:
+        """Raises ValueError for settings that no machine could follow. Unlike an instance, claims no device."""
+        self = cls.__new__(cls)
+        self.__dict__.update({f.name: f.default for f in fields(cls)}, **arguments)
+        self._check()
+
+    def _check(self) -> None:
         for name, choices in (
             ("method", METHODS),
             ("penalty", PENALTIES),
@@ -76,11 +93,19 @@ class RSSTConfig(TrainingArguments):
                 raise ValueError(f"`{name}` must be one of {list(choices)}, got {getattr(self, name)!r}.")
         if self.num_train_epochs < 0:
             raise ValueError(f"`num_train_epochs` must be >= 0, got {self.num_train_epochs}.")
-        if self.num_rounds < 1:
-            raise ValueError(f"`num_rounds` must be at least 1, got {self.num_rounds}.")
-        for name in ("rsst_epochs", "recovery_epochs", "rsst_learning_rate", "recovery_learning_rate", "lambda_max"):
+        for name in (
+            "num_rounds",
+            "calibration_batches",
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        rates = ("learning_rate", "rsst_learning_rate", "recovery_learning_rate")
+        for name in ("rsst_epochs", "recovery_epochs", "lambda_max", *rates):
             value = getattr(self, name)
-            if value is not None and value < 0:
+            if value is not None and not value >= 0:
                 raise ValueError(f"`{name}` must be >= 0, got {value}.")
         if self.method == "rsst" and self.rsst_epochs == 0:
             raise ValueError("`rsst_epochs` must be > 0: the leaving channels are decayed away during that stage.")
@@ -94,8 +119,29 @@ class RSSTConfig(TrainingArguments):
             raise ValueError(
                 '`penalty_scope="all"` goes with penalty="group_lasso"; growing_l2 decays leaving channels.'
             )
-        if self.rewind == "step" and self.rewind_step < 1:
-            raise ValueError("`rewind_step` must be at least 1 with rewind='step'.")
+        if self.rewind == "step" and (self.rewind_step < 1 or self.num_train_epochs == 0):
+            raise ValueError("rewind='step' needs a `rewind_step` of at least 1 and a first stage to take it from.")
         if self.max_steps > 0:
             raise ValueError("`max_steps` does not say which stage it bounds; set the epochs of the stages instead.")
-        super().__post_init__()
+        scheduler = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)
+        if self._solves_lambda_max() and scheduler in ("reduce_lr_on_plateau", "greedy"):
+            raise ValueError(
+                f"Give `lambda_max`: with lr_scheduler_type={scheduler!r} the learning rates are not known ahead."
+            )
+
+    def _solves_lambda_max(self) -> bool:
+        return self.method == "rsst" and self.penalty == "growing_l2" and self.lambda_max is None
+
+    def _warn_of_ignored(self) -> None:
+        ignored = [] if self._solves_lambda_max() else ["residual"]
+        if self.method != "rsst":
+            ignored += ["rsst_epochs", "rsst_learning_rate", "penalty", "schedule", "lambda_max"]
+        if self.method != "refill":
+            ignored += ["rewind"]
+        if self.method != "refill" or self.rewind != "step":
+            ignored += ["rewind_step"]
+        if self.method == "dense":
+            ignored += ["num_rounds", "recovery_epochs", "recovery_learning_rate", "distillation_weight"]
+        defaults = {f.name: f.default for f in fields(self)}
+        if names := [name for name in ignored if getattr(self, name) != defaults[name]]:
+            warnings.warn(f"With method={self.method!r} and the other settings, {names} is ignored.", stacklevel=4)

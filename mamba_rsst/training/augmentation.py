@@ -8,12 +8,12 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
-from .image_ops import OPS, PIXEL_OPS, affine, affine_matrices, inside
+from .image_ops import OPS, PIXEL_OPS, affine, affine_matrices, inside, send
 
 
 # B batch, C channels (1 or 3), H height, W width, K classes, N images that share an operation.
-# Every decision is taken on the CPU in float64 and reaches the device as finished indices and parameters, so that
-# nothing ever waits for the device. Pixels stay uint8 until the mixing.
+# Every decision is taken on the CPU in float64 and reaches the device as finished indices and parameters, so that the
+# CPU never asks the device for a result. Pixels stay uint8 until the mixing.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,8 +155,8 @@ class BatchAugmentation:
         pad = self.config.crop_padding
         top, left = ((next(draw) * (2 * pad + 1)).long()[:, None] for _ in range(2))
         flip = (next(draw) < self.config.flip)[:, None]
-        rows = (torch.arange(H) + top).to(images.device)
-        columns = (torch.where(flip, torch.arange(W).flip(0), torch.arange(W)) + left).to(images.device)
+        rows = send(torch.arange(H) + top, images)
+        columns = send(torch.where(flip, torch.arange(W).flip(0), torch.arange(W)) + left, images)
         index = (rows[:, :, None] * (W + 2 * pad) + columns[:, None]).flatten(1)[:, None].expand(-1, C, -1)
         return F.pad(images, (pad, pad, pad, pad)).flatten(2).gather(2, index).view_as(images)
 
@@ -168,8 +168,8 @@ class BatchAugmentation:
         op, rows = op.sort(stable=True)  # images with the same operation lie side by side
         ends = torch.searchsorted(op, torch.arange(len(OPS)), right=True).tolist()
         rows, op, strength = rows[: ends[-1]], op[: ends[-1]], strength[rows[: ends[-1]]]
-        on_device = strength.float().to(images.device)[:, None, None, None]
-        rows = rows.to(images.device)
+        on_device = send(strength.float(), images)[:, None, None, None]
+        rows = send(rows, images)
         part = images.index_select(0, rows)
         start = 0
         for function, end in zip(PIXEL_OPS.values(), ends):
@@ -178,7 +178,7 @@ class BatchAugmentation:
             start = end
         if start < len(part):
             matrix = affine_matrices([OPS[i] for i in op[start:].tolist()], strength[start:], *images.shape[2:])
-            part[start:] = affine(part[start:], matrix.float().to(images.device))
+            part[start:] = affine(part[start:], send(matrix.float(), images))
         return images.index_copy(0, rows, part)
 
     def _erase(self, images, draw):
@@ -191,8 +191,8 @@ class BatchAugmentation:
         top, left = (top * (H - height + 1)).long(), (left * (W - width + 1)).long()
         rows = (applied < self.config.erasing).nonzero()[:, 0]
         box = inside(torch.stack([top, top + height, left, left + width], 1)[rows], images)
-        offset = (offset[rows] * 2**16).long().to(images.device)
-        rows = rows.to(images.device)
+        offset = send((offset[rows] * 2**16).long(), images)
+        rows = send(rows, images)
         noise = _noise(C * H * W, images.device)[offset].view(-1, C, H, W)
         return images.index_copy(0, rows, torch.where(box, noise, images.index_select(0, rows)))
 
@@ -216,8 +216,8 @@ class BatchAugmentation:
         if config.mixup > 0:
             keep = torch.where(applied & ~cut, beta_quantile(weight, config.mixup), keep)
         top, bottom, left, right = bounds.unbind(1)
-        share = (keep * (1 - (bottom - top) * (right - left) / (H * W))).float().to(images.device)[:, None]
-        keep = keep.float().to(images.device)[:, None, None, None] * ~inside(bounds, images)
+        share = send((keep * (1 - (bottom - top) * (right - left) / (H * W))).float(), images)[:, None]
+        keep = send(keep.float(), images)[:, None, None, None] * ~inside(bounds, images)
         return partners + keep * (images - partners), share
 
 

@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import Dataset, Sampler
 
 from .augmentation import uniforms
+from .image_ops import send
 from .image_sources import load_splits
 
 
@@ -251,7 +252,7 @@ class ImageCollator:
     def __call__(self, indices):
         images, labels = self.dataset.images, self.dataset.labels
         index = torch.tensor(indices)
-        here = index.to(images.device)
+        here = send(index, images)
         pixels, targets = images[here], labels[here]
         if self.augmentation is None:
             pixels = pixels.float() / 255
@@ -259,8 +260,8 @@ class ImageCollator:
             numbers = uniforms(self.seed, self.dataset.epoch, index, 1 + self.augmentation.draws)
             others = None, None
             if self.augmentation.mixes:
-                partner = (numbers[:, 0].double() * len(images)).long().to(images.device)
+                partner = send((numbers[:, 0].double() * len(images)).long(), images)
                 others = images[partner], labels[partner]
             pixels, targets = self.augmentation(pixels, targets, *others, numbers[:, 1:], self.num_classes)
-        mean, std = self.mean.to(images.device), self.std.to(images.device)
+        mean, std = send(self.mean, images), send(self.std, images)
         return {"pixel_values": (pixels - mean) / std, "labels": targets}

@@ -87,7 +87,8 @@ def affine_matrices(names, strength, H, W):
     rotate, shear_x, shear_y, move_x, move_y = (
         strength * torch.tensor([name == op for name in names], dtype=torch.float64) for op in GEOMETRIC_OPS
     )
-    cos, sin = (rotate * -math.radians(30)).cos(), (rotate * -math.radians(30)).sin()
+    angle = rotate * -math.radians(30)
+    cos, sin = angle.cos(), angle.sin()
     c = W / 2 - cos * W / 2 - sin * H / 2 + 0.45 * W * move_x
     f = H / 2 + sin * W / 2 - cos * H / 2 + 0.45 * H * move_y
     return torch.stack([cos, sin + 0.3 * shear_x, c, 0.3 * shear_y - sin, cos, f], dim=1).view(-1, 2, 3)
@@ -116,7 +117,12 @@ OPS = (*PIXEL_OPS, *GEOMETRIC_OPS)
 
 def inside(bounds, images):
     """bounds: (N, 4) top, bottom, left, right (ends excluded). Returns (N, 1, H, W) bool on the device of `images`."""
-    top, bottom, left, right = bounds.to(images.device)[..., None].unbind(1)
+    top, bottom, left, right = send(bounds, images)[..., None].unbind(1)
     rows, columns = (torch.arange(size, device=images.device) for size in images.shape[2:])
     rows, columns = (rows >= top) & (rows < bottom), (columns >= left) & (columns < right)
     return (rows[:, :, None] & columns[:, None])[:, None]
+
+
+def send(tensor, images):
+    """A CPU tensor on the device of `images`, without waiting for the work queued there."""
+    return tensor.to(images.device, non_blocking=True)

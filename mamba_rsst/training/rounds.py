@@ -74,6 +74,8 @@ class RunState:
     metrics: dict[str, dict] = field(default_factory=dict)
     """Stage -> {"before_cut": metrics, "after_cut": metrics, "end": metrics}, as `evaluate` gives them."""
     dense_widths: dict[str, int] = field(default_factory=dict)
+    steps: int = 0
+    epochs: float = 0.0
     seconds: float = 0.0
 
 

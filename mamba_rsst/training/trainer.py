@@ -11,6 +11,7 @@ from itertools import islice
 import torch
 import torch.nn.functional as F
 from accelerate.utils import broadcast_object_list
+from huggingface_hub import upload_folder
 from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import TrainOutput
 
@@ -42,9 +43,10 @@ class RSSTTrainer(Trainer):
     calibration: batches that data-driven scores look at; default the first `calibration_batches` of training.
 
     `train()` runs all stages; `train(resume_from_checkpoint=True)` goes on wherever `args.output_dir`'s run stopped
-    and ends in the same weights as a run without interruption. Afterwards `trainer.model` is the cut model, `run_state`
-    holds the history and the metrics around each cut, and `run_folder` every stage's model.
-    Raises ValueError if `args.output_dir` already holds a run and resuming was not asked for.
+    and ends in the same weights as a run without interruption. Afterwards `trainer.model` is the cut model,
+    `run_state` holds the history and the metrics around each cut, and `run_folder` every stage's model.
+    Raises ValueError if `args.output_dir` already holds a run and resuming was not asked for, and for `model_init` and
+    `optimizers`: a model or an optimizer that outlived a stage would undo the cut.
     """
 
     def __init__(
@@ -60,16 +62,22 @@ class RSSTTrainer(Trainer):
         args = RSSTConfig(output_dir="tmp_trainer") if args is None else args
         if not isinstance(args, RSSTConfig):
             raise ValueError(f"`args` must be an RSSTConfig, got {type(args).__name__}.")
+        if kwargs.get("model_init") is not None or any(kwargs.get("optimizers") or ()):
+            raise ValueError("RSSTTrainer takes a `model` and builds its optimizers itself, by `args.optim`.")
         if args.method != "dense":
             if pruning is None:
                 raise ValueError(f"method={args.method!r} needs `pruning`, a PruningConfig.")
-            if model is not None:
-                find_groups(model, pruning.targets)  # a target that this model lacks is an error now, not hours later
+            if model is not None:  # a target that it lacks or a budget out of reach: an error now, not hours later
+                select_channels(model, dataclasses.replace(pruning, importance="magnitude_l2"))
+        batch, samples = args.train_batch_size * args.world_size, kwargs.get("train_dataset")
+        if args.dataloader_drop_last and hasattr(samples, "__len__") and len(samples) < batch:
+            raise ValueError(f"`dataloader_drop_last` leaves nothing of {len(samples)} samples in batches of {batch}.")
+        stages = plan_stages(args)
         super().__init__(model=model, args=args, **kwargs)
         self.pruning = pruning
         self.eval_data_collator = eval_data_collator
         self.calibration = calibration
-        self.stages = plan_stages(args)
+        self.stages = stages
         self.run_folder = RunFolder(args.output_dir)
         self.run_state: RunState | None = None
         self.teacher = None
@@ -90,7 +98,7 @@ class RSSTTrainer(Trainer):
             for index in range(self.run_state.done, len(self.stages)):
                 output = self._run_stage(index, whole_run, **kwargs) or output
         finally:
-            for name in ("output_dir", "num_train_epochs", "learning_rate"):
+            for name in ("output_dir", "num_train_epochs", "learning_rate", "load_best_model_at_end"):
                 setattr(self.args, name, getattr(whole_run, name))
             self._stage, self._masks, self._leaving_groups = None, {}, []
         return output
@@ -104,6 +112,9 @@ class RSSTTrainer(Trainer):
                 )
             self.run_state = folder.read(self.stages)
             self._set_model(folder.model(self.run_state.done, self.stages))
+            if self.is_world_process_zero():
+                for i, stage in enumerate(self.stages[: self.run_state.done]):
+                    remove_checkpoints(folder.stage(i, stage))  # interrupted before they were
             return
         if resume:
             raise ValueError(f"{str(folder.path)!r} holds no run to resume.")
@@ -127,14 +138,18 @@ class RSSTTrainer(Trainer):
         self.args.output_dir = str(folder)
         self.args.num_train_epochs = stage.epochs
         self.args.learning_rate = stage.learning_rate
+        # The best weights of a stage that decays channels are its first: they would bring the leaving channels back.
+        self.args.load_best_model_at_end = run_args.load_best_model_at_end and not stage.decay
         self._load_teacher(stage)
         output = None
         if stage.epochs > 0:
             self._fresh_optimizer()
+            if self.args.compile_blocks:
+                self._compile_blocks()
             set_seed(self.args.seed + index)
             output = super().train(resume_from_checkpoint=last_complete_checkpoint(folder), **kwargs)
         else:
-            self.state.log_history = []
+            self.state.log_history, self.state.epoch = [], 0
         if stage.cut:
             metrics["before_cut"] = self._evaluate_quietly()
             shrink_(self.model, self._masks)
@@ -142,11 +157,13 @@ class RSSTTrainer(Trainer):
             metrics["after_cut"] = self._evaluate_quietly()
         if stage.rewind:
             self._rewind(index, folder)
-        metrics["end"] = metrics["after_cut"] if stage.cut else self._evaluate_quietly()
+        metrics["end"] = metrics["after_cut"] if stage.cut and not stage.rewind else self._evaluate_quietly()
         self._masks, self._leaving_groups = {}, []
         self._save_model_folder(folder / "model")
         state = self.run_state
         state.history += self._with_offsets(self.state.log_history, stage)
+        if stage.epochs > 0:
+            state.steps, state.epochs = state.steps + self.state.global_step, state.epochs + self.state.epoch
         state.metrics[stage.name] = metrics
         state.done = index + 1
         state.seconds += time.time() - started
@@ -193,7 +210,23 @@ class RSSTTrainer(Trainer):
         self._created_lr_scheduler = False
         self.model_wrapped = self.model
         self.accelerator.free_memory()
+        # An evaluation before the training prepares the bare model; left marked so, it would not be wrapped in DDP.
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        self.model.__dict__.pop("_is_accelerate_prepared", None)
         self._move_model_to_device(self.model, self.args.device)
+
+    def _compile_blocks(self) -> None:
+        """Compile the model's repeated blocks one by one: blocks of the same widths share their compiled code."""
+        names = getattr(self.model, "_no_split_modules", None) or ()
+        blocks = [module for module in self.model.modules() if type(module).__name__ in names]
+        if not blocks:
+            raise ValueError(
+                f"`compile_blocks`: {type(self.model).__name__} does not say which modules are its blocks."
+            )
+        # Past torch's limit blocks silently run uncompiled; each may have widths of its own, in training and evaluating.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(blocks))
+        for block in blocks:
+            block.compile(dynamic=False)
 
     def _set_model(self, folder) -> None:
         model = type(self.model).from_pretrained(folder)
@@ -211,6 +244,11 @@ class RSSTTrainer(Trainer):
             self.run_folder.write(self.run_state)
         self.accelerator.wait_for_everyone()
 
+    def evaluate(self, *args, **kwargs) -> dict:
+        """Trainer's, without touching the random numbers of training, since a resumed run may skip an evaluation."""
+        with torch.random.fork_rng(devices=[]):
+            return super().evaluate(*args, **kwargs)
+
     def _evaluate_quietly(self) -> dict:
         """Metrics of the evaluation set, not mixed into the stage's log."""
         if self.eval_dataset is None:
@@ -222,9 +260,7 @@ class RSSTTrainer(Trainer):
         return metrics
 
     def _with_offsets(self, history: list[dict], stage: Stage) -> list[dict]:
-        past = self.run_state.history
-        step = max((entry["step"] for entry in past), default=0)
-        epoch = max((entry["epoch"] for entry in past), default=0.0)
+        step, epoch = self.run_state.steps, self.run_state.epochs
         return [
             {**entry, "stage": stage.name, "step": entry["step"] + step, "epoch": entry.get("epoch", 0.0) + epoch}
             for entry in history
@@ -272,12 +308,11 @@ class RSSTTrainer(Trainer):
     def _decaying(self, penalty: str) -> bool:
         return self._stage is not None and self._stage.decay and self.args.penalty == penalty
 
-    def _progress(self) -> float:
-        """u in (0, 1]: how much of the stage has passed once the step under way is done."""
-        return min(1.0, (self.state.global_step + 1) / max(1, self.state.max_steps))
-
-    def _lambda(self) -> float:
-        return self._lambda_max * schedule_value(self.args.schedule, self._progress(), self.args.schedule_power)
+    def _lambda(self, steps: int | None = None) -> float:
+        """lambda when `steps` of the stage are done; default: when the step under way is."""
+        steps = self.state.global_step + 1 if steps is None else steps
+        u = min(1.0, steps / max(1, self.state.max_steps))
+        return self._lambda_max * schedule_value(self.args.schedule, u, self.args.schedule_power)
 
     def _start_decay(self) -> None:
         """Fix lambda_max for the stage: as given, or from the learning rates the stage will see."""
@@ -288,12 +323,8 @@ class RSSTTrainer(Trainer):
         elif self.args.penalty == "group_lasso":
             self._lambda_max = 0.1
         else:
-            lambdas = getattr(self.lr_scheduler, "lr_lambdas", None)
-            if lambdas is None:
-                raise ValueError(
-                    f"Give `lambda_max`: lr_scheduler_type={self.args.lr_scheduler_type} is not known ahead."
-                )
-            rates = [self.args.learning_rate * lambdas[0](t) for t in range(self.state.max_steps)]
+            factor = self.lr_scheduler.lr_lambdas[0]
+            rates = [self.args.learning_rate * factor(t) for t in range(self.state.max_steps)]
             self._lambda_max = strength_for(
                 self.args.residual, rates, lambda u: schedule_value(self.args.schedule, u, self.args.schedule_power)
             )
@@ -311,13 +342,32 @@ class RSSTTrainer(Trainer):
         if self._stage is not None and "loss" in logs:
             logs["stage"] = self._stage.name
             if self._stage.decay:
-                logs["lambda"] = self._lambda()
+                logs["lambda"] = self._lambda(self.state.global_step)  # as it was in the step that is logged
                 logs["leaving_share"] = leaving_share(self._leaving_groups, self._masks)
             if self.pruning is not None:
                 dense = self.run_state.dense_widths
                 now = kept_widths(self._groups(), {})
                 logs["channel_sparsity"] = 1.0 - sum(now.values()) / sum(dense.values())
         super().log(logs, *args, **kwargs)
+
+    def push_to_hub(self, commit_message="End of training", blocking=True, token=None, revision=None, **kwargs):
+        """Trainer's, without the stages' models; the model card that a finished run wrote is kept."""
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        if not (self.run_folder.path / "README.md").is_file():
+            self.create_model_card(model_name=self.hub_model_id.split("/")[-1], **kwargs)
+        return upload_folder(
+            repo_id=self.hub_model_id,
+            folder_path=self.args.output_dir,
+            commit_message=commit_message,
+            token=token or self.args.hub_token,
+            run_as_future=not blocking,
+            ignore_patterns=["_*", "stages/*", "start/*", RunFolder.STATE, "training_args.bin"],
+            revision=revision,
+        )
 
     def get_decay_parameter_names(self, model) -> list[str]:
         """Trainer's, less what the model says weight decay must leave alone (A_log, D, biases, norms, tokens)."""
@@ -354,7 +404,13 @@ class _StageCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
+        if self._takes_rewind_point(args) and args.rewind_step > state.max_steps:
+            raise ValueError(f"`rewind_step` is {args.rewind_step}, but the first stage has {state.max_steps} steps.")
         self.trainer._start_decay()
+
+    def _takes_rewind_point(self, args):
+        stage = self.trainer._stage
+        return stage is not None and stage.round == 0 and args.method == "refill" and args.rewind == "step"
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         # Said here too because accelerate does not reach a sampler that is wrapped twice (processes, skipped batches).
@@ -367,8 +423,7 @@ class _StageCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         trainer = self.trainer
-        first = trainer._stage is not None and trainer._stage.round == 0
-        if first and args.rewind == "step" and args.method == "refill" and state.global_step == args.rewind_step:
+        if self._takes_rewind_point(args) and state.global_step == args.rewind_step:
             trainer._save_model_folder(trainer.run_folder.stage(0, trainer.stages[0]) / "rewind")
 
 

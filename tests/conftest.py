@@ -1,0 +1,17 @@
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def same_start(monkeypatch):
+    """Every test draws the same random numbers, and no scan is forced from outside."""
+    monkeypatch.delenv("MAMBA_RSST_SCAN", raising=False)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory):
+    """(folder, what was printed): the tiny recipe by the command line, once for all tests."""
+    from tiny_runs import run_to_the_end
+
+    return run_to_the_end(tmp_path_factory.mktemp("finished"))

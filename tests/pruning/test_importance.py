@@ -1,0 +1,334 @@
+import math
+
+import pytest
+import torch
+from tiny import BIDIRECTIONAL, MIXER_TARGETS, PAIRS, batch_of, make, mixers
+
+from mamba_rsst import PruningConfig, find_groups, prune_, register_importance, select_channels
+from mamba_rsst.pruning.importance import IMPORTANCE, NEEDS_DATA, Calibration, score_channels
+
+
+R, N, E = 5, 7, 46
+
+
+def channels_of(owner, target, pick=lambda p: p.detach()):
+    """The producer and consumer slices of a mixer or MLP, written out by hand: a list of (channels, numbers)."""
+    mats = []
+
+    def take(module, name, *, rows=None, columns=None):
+        parameter = getattr(module, name, None)
+        if parameter is not None:
+            x = pick(parameter).double()
+            x = x if rows is None else x[rows]
+            x = x if columns is None else x[:, columns].T
+            mats.append(x.reshape(x.shape[0], -1))
+
+    if target == "intermediate_size":
+        take(owner.fc1, "weight")
+        take(owner.fc1, "bias")
+        take(owner.fc2, "weight", columns=slice(None))
+        return mats
+    suffixes = ("", "_b") if hasattr(owner, "x_proj_b") else ("",)
+    for s in suffixes:
+        conv, x_proj, dt_proj = (getattr(owner, name + s) for name in ("conv1d", "x_proj", "dt_proj"))
+        if target == "d_inner":
+            take(conv, "weight")
+            take(conv, "bias")
+            take(x_proj, "weight", columns=slice(None))
+        if target == "d_state":
+            take(x_proj, "weight", rows=slice(R, R + N))
+            take(x_proj, "weight", rows=slice(R + N, R + 2 * N))
+        if target == "dt_rank":
+            take(x_proj, "weight", rows=slice(0, R))
+            take(dt_proj, "weight", columns=slice(None))
+    if target == "d_inner":
+        for rows in (slice(0, E), slice(E, 2 * E)):
+            take(owner.in_proj, "weight", rows=rows)
+            take(owner.in_proj, "bias", rows=rows)
+        take(owner.out_proj, "weight", columns=slice(None))
+    return mats
+
+
+def scores_of(model, importance, targets, batches=None, seed=0):
+    groups = find_groups(model, targets)
+    return groups, score_channels(groups, importance, Calibration(model, batches, seed))
+
+
+def batches_of(model, count=3):
+    return [batch_of(model, count=2 + i, seed=i) for i in range(count)]
+
+
+@pytest.mark.parametrize("biases", [True, False])
+@pytest.mark.parametrize("kind, target", PAIRS)
+def test_magnitudes(kind, target, biases):
+    model = make(kind, use_bias=biases, use_conv_bias=biases)
+    for importance, formula in (
+        ("magnitude_l1", lambda mats: sum(m.abs().sum(1) for m in mats)),
+        ("magnitude_l2", lambda mats: torch.cat(mats, dim=1).norm(dim=1)),
+    ):
+        groups, scores = scores_of(model, importance, [target])
+        assert set(scores) == {g.name for g in groups}
+        for group in groups:
+            expected = formula(channels_of(group.owner, target))
+            assert scores[group.name].dtype == torch.float32
+            torch.testing.assert_close(scores[group.name].double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("kind, target", PAIRS)
+def test_taylor(kind, target):
+    """|sum of w dL/dw| a batch, then summed: signs cancel within a batch, not between batches."""
+    model = make(kind)
+    batches = batches_of(model)
+    groups, scores = scores_of(model, "taylor", [target], batches)
+    expected = {g.name: 0.0 for g in groups}
+    for batch in batches:
+        model.zero_grad()
+        model(**batch).loss.backward()
+        for g in groups:
+            products = channels_of(g.owner, target, pick=lambda p: p.detach() * p.grad)
+            expected[g.name] = expected[g.name] + sum(m.sum(1) for m in products).abs()
+    for g in groups:
+        scale = expected[g.name].max()
+        torch.testing.assert_close(scores[g.name].double() / scale, expected[g.name] / scale, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("target", [*MIXER_TARGETS, "intermediate_size"])
+def test_taylor_is_not_a_magnitude(target):
+    """An earlier implementation fell back to L1 without a word."""
+    model = make("v2")
+    groups, taylor = scores_of(model, "taylor", [target], batches_of(model))
+    for other in ("magnitude_l1", "magnitude_l2"):
+        _, scores = scores_of(model, other, [target])
+        for g in groups:
+            both = torch.stack([taylor[g.name], scores[g.name]])
+            assert torch.corrcoef(both)[0, 1] < 0.99
+            assert not torch.equal(both[0].argsort(), both[1].argsort())
+
+
+def test_taylor_predicts_what_removal_does():
+    """First order: the slope of the loss as all of a channel's scored slices grow together, by finite differences."""
+    model = make("v2").double()
+    batch = {k: v.double() if v.is_floating_point() else v for k, v in batch_of(model).items()}
+    (group, _), scores = scores_of(model, "taylor", ["d_inner"], [batch])
+    step = 1e-2  # the loss is fp32: smaller differences drown in its rounding
+    for c in (0, 17, 45):
+        losses = []
+        for sign in (1, -1):
+            changed = make("v2").double()
+            (other, _) = find_groups(changed, ["d_inner"])
+            with torch.no_grad():
+                for view in other.scored_views():
+                    view.tensor.narrow(view.axis, c, 1).mul_(1 + sign * step)
+            losses.append(changed(**batch).loss)
+        slope = (losses[0] - losses[1]) / (2 * step)
+        assert scores[group.name][c].item() == pytest.approx(abs(slope.item()), rel=1e-2, abs=1e-4)
+
+
+def test_taylor_leaves_no_gradients_behind():
+    model = make("v2")
+    scores_of(model, "taylor", ["d_inner"], batches_of(model))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_taylor_without_what_it_needs():
+    model = make("v2")
+    batch = batch_of(model)
+    with pytest.raises(ValueError, match="'taylor' needs a loss: put `labels` into the calibration batches"):
+        scores_of(model, "taylor", ["d_inner"], [{"pixel_values": batch["pixel_values"]}])
+    for batches in (None, []):
+        with pytest.raises(ValueError, match="looks at data: give `calibration`"):
+            scores_of(model, "taylor", ["d_inner"], batches)
+    model.backbone.layers[1].mixer.x_proj.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match="'taylor' needs gradients, but 1 of the pruned parameters are frozen"):
+        scores_of(model, "taylor", ["d_inner"], [batch])
+    scores_of(model, "taylor", ["intermediate_size"], [batch])
+
+
+def test_taylor_where_no_gradient_arrives():
+    model = make("v2")
+    mixer = mixers(model)[1]
+    mixer.out_proj.forward = lambda x: x.new_zeros(*x.shape[:-1], 20)
+    with pytest.raises(ValueError, match="no gradient reached '.*' of 'backbone.layers.1.mixer:d_inner'"):
+        scores_of(model, "taylor", ["d_inner"], [batch_of(model)])
+
+
+@pytest.mark.parametrize("kind, target", PAIRS)
+def test_activation(kind, target):
+    model = make(kind)
+    batches = batches_of(model)
+    groups, scores = scores_of(model, "activation", [target], batches)
+    seen = {}
+
+    def keep(name, side):
+        def hook(module, args, output):
+            seen.setdefault(name, []).append((args[0] if side == "in" else output).detach().flatten(0, -2).double())
+
+        return hook
+
+    suffixes = ("", "_b") if kind == "v2" else ("",)
+    for group in groups:
+        if target in ("d_inner", "intermediate_size"):
+            module = group.owner.out_proj if target == "d_inner" else group.owner.fc2
+            module.register_forward_hook(keep((group.name, ""), "in"))
+        else:
+            for s in suffixes:
+                getattr(group.owner, "x_proj" + s).register_forward_hook(keep((group.name, s), "out"))
+    for batch in batches:
+        with torch.no_grad():
+            model(**batch)
+    ranges = {"dt_rank": [slice(0, R)], "d_state": [slice(R, R + N), slice(R + N, R + 2 * N)]}
+    for group in groups:
+        expected = 0.0
+        for (name, _), parts in seen.items():
+            if name == group.name:
+                squares = torch.cat(parts).square().sum(0)
+                expected = expected + sum(squares[r] for r in ranges.get(target, [slice(None)]))
+        torch.testing.assert_close(scores[group.name].double(), expected, rtol=1e-5, atol=0)
+
+
+def test_activation_takes_its_hooks_away():
+    model = make("v2")
+    scores_of(model, "activation", MIXER_TARGETS, batches_of(model))
+    assert not any(m._forward_hooks for m in model.modules())
+    with pytest.raises(ValueError, match="looks at data"):
+        scores_of(model, "activation", MIXER_TARGETS)
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_random_follows_the_seed():
+    model = make("v2")
+    _, first = scores_of(model, "random", ["d_inner"], seed=3)
+    torch.rand(7)
+    _, again = scores_of(model, "random", ["d_inner"], seed=3)
+    _, other = scores_of(model, "random", ["d_inner"], seed=4)
+    a, b = first.values()
+    assert not torch.equal(a, b)
+    for name in first:
+        assert torch.equal(first[name], again[name]) and not torch.equal(first[name], other[name])
+    masks = [select_channels(model, PruningConfig(importance="random", seed=s, round_to=1)) for s in (3, 3, 4)]
+    assert all(torch.equal(masks[0][k], masks[1][k]) for k in masks[0])
+    assert any(not torch.equal(masks[0][k], masks[2][k]) for k in masks[0])
+
+
+@pytest.mark.parametrize("importance", sorted(NEEDS_DATA))
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_keeps_its_mode(importance, training):
+    """Scores are taken in evaluation mode; afterwards every module is as it was, those in a mode of their own too."""
+    model = make("v2", drop_path_rate=0.9, hidden_dropout_prob=0.5).train(training)
+    odd = model.backbone.layers[1]
+    odd.train(not training)
+    before = {name: module.training for name, module in model.named_modules()}
+    batches = batches_of(model)
+    _, scores = scores_of(model, importance, ["d_inner"], batches)
+    assert {name: module.training for name, module in model.named_modules()} == before
+    _, quiet = scores_of(model.eval(), importance, ["d_inner"], batches)
+    assert all(torch.equal(scores[name], quiet[name]) for name in scores)
+
+
+def test_the_mode_comes_back_after_an_error():
+    model = make("v2").train()
+    with pytest.raises(ValueError, match="labels"):
+        scores_of(model, "taylor", ["d_inner"], [{"pixel_values": batch_of(model)["pixel_values"]}])
+    assert model.training and not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
+
+
+def test_batches_may_be_a_generator():
+    model = make("v2")
+    batches = batches_of(model)
+    _, listed = scores_of(model, "taylor", MIXER_TARGETS, batches)
+    _, generated = scores_of(model, "taylor", MIXER_TARGETS, (b for b in batches))
+    assert all(torch.equal(listed[name], generated[name]) for name in listed)
+
+
+@pytest.fixture
+def own():
+    yield "own"
+    IMPORTANCE.pop("own", None)
+    NEEDS_DATA.discard("own")
+
+
+def test_a_score_of_ones_own(own):
+    @register_importance(own, needs_data=True)
+    def first_is_best(groups, calibration):
+        assert len(list(calibration)) == 2
+        return {g.name: torch.arange(g.size, 0, -1) for g in groups}
+
+    assert own in NEEDS_DATA and IMPORTANCE[own] is first_is_best
+    model = make("v2")
+    config = PruningConfig(importance=own, sparsity=0.5, round_to=1, scope="layer")
+    masks = select_channels(model, config, batches_of(model, 2))
+    assert all(torch.equal(mask, torch.arange(46) < 23) for mask in masks.values())
+    with pytest.raises(ValueError, match="There already is an importance called 'own'"):
+        register_importance(own)(first_is_best)
+
+
+@pytest.mark.parametrize(
+    "result, message",
+    [
+        (lambda g: torch.zeros(g.size + 1), r"Importance 'own' gave \(47,\) for Group"),
+        (
+            lambda g: torch.full((g.size,), math.nan),
+            "'own' is not finite for 'backbone.layers.0.mixer:d_inner'",
+        ),
+        (lambda g: torch.full((g.size,), math.inf), "has the model diverged"),
+    ],
+)
+def test_scores_that_make_no_sense(own, result, message):
+    register_importance(own)(lambda groups, calibration: {g.name: result(g) for g in groups})
+    with pytest.raises(ValueError, match=message):
+        select_channels(make("v2"), PruningConfig(importance=own))
+
+
+def test_a_diverged_model_is_refused():
+    model = make("v2")
+    with torch.no_grad():
+        mixers(model)[1].out_proj.weight[0, 0] = math.nan
+    with pytest.raises(ValueError, match="'magnitude_l2' is not finite for 'backbone.layers.1.mixer:d_inner'"):
+        prune_(model, PruningConfig())
+
+
+def test_unknown_importance():
+    message = "Unknown importance 'tailor'; choose from .*'activation', 'magnitude_l1', .*'taylor'"
+    with pytest.raises(ValueError, match=message):
+        PruningConfig(importance="tailor")
+    with pytest.raises(ValueError, match=message):
+        scores_of(make("v2"), "tailor", ["d_inner"])
+
+
+@pytest.mark.parametrize("importance", sorted(IMPORTANCE))
+@pytest.mark.parametrize("kind", BIDIRECTIONAL)
+def test_scores_leave_the_weights_alone(kind, importance):
+    model = make(kind)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    scores_of(model, importance, MIXER_TARGETS, batches_of(model))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("importance", sorted(IMPORTANCE))
+def test_permuting_a_group_permutes_its_scores(importance):
+    if importance == "random":
+        return
+    model = make("v2")
+    batches = batches_of(model)
+    order = torch.randperm(46)
+    _, before = scores_of(model, importance, ["d_inner"], batches)
+    with torch.no_grad():
+        for group in find_groups(model, ["d_inner"]):
+            for view in group.views():
+                view.tensor.copy_(view.tensor.index_select(view.axis, order))
+    _, after = scores_of(model, importance, ["d_inner"], batches)
+    for name in before:
+        scale = before[name].max()
+        torch.testing.assert_close(after[name] / scale, before[name][order] / scale, rtol=1e-3, atol=1e-5)
+
+
+def test_bf16_models_are_scored_in_fp32():
+    model = make("v2")
+    expected = {k: scores_of(model, k, ["d_inner"], batches_of(model))[1] for k in sorted(IMPORTANCE)}
+    model = model.bfloat16()
+    for importance, wanted in expected.items():
+        _, scores = scores_of(model, importance, ["d_inner"], batches_of(model))
+        for name, values in scores.items():
+            assert values.dtype == torch.float32
+            if importance != "taylor":  # a difference of large numbers: the rounding of its gradients stays
+                torch.testing.assert_close(values, wanted[name], rtol=0.05, atol=0)

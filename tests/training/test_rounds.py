@@ -1,0 +1,154 @@
+import json
+import warnings
+
+import pytest
+import torch
+
+from mamba_rsst import RSSTConfig
+from mamba_rsst.training.rounds import (
+    RunFolder,
+    RunState,
+    last_complete_checkpoint,
+    load_masks,
+    plan_stages,
+    remove_checkpoints,
+    round_sparsity,
+    save_masks,
+)
+
+
+def plan(tmp_path, **arguments):
+    with warnings.catch_warnings(action="ignore"):
+        return plan_stages(RSSTConfig(output_dir=str(tmp_path), use_cpu=True, **arguments))
+
+
+def short(stage):
+    events = [event for event in ("select", "decay", "cut", "rewind") if getattr(stage, event)]
+    return stage.name, stage.epochs, stage.learning_rate, stage.round, " ".join(events)
+
+
+TRAIN = ("train", 4.0, 0.1, 0, "")
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (dict(method="dense"), [TRAIN]),
+        (dict(method="rsst"), [TRAIN, ("rsst-1", 4, 0.1, 1, "select decay cut"), ("recover-1", 4, 0.1, 1, "")]),
+        (
+            dict(method="rsst", num_rounds=2, rsst_epochs=2, recovery_epochs=3, rsst_learning_rate=0.2),
+            [
+                TRAIN,
+                ("rsst-1", 2, 0.2, 1, "select decay cut"),
+                ("recover-1", 3, 0.1, 1, ""),
+                ("rsst-2", 2, 0.2, 2, "select decay cut"),
+                ("recover-2", 3, 0.1, 2, ""),
+            ],
+        ),
+        (dict(method="rsst", recovery_epochs=0), [TRAIN, ("rsst-1", 4, 0.1, 1, "select decay cut")]),
+        (
+            dict(method="rsst", num_train_epochs=0, rsst_epochs=2, recovery_learning_rate=0),
+            [("train", 0, 0.1, 0, ""), ("rsst-1", 2, 0.1, 1, "select decay cut")],
+        ),
+        (
+            dict(method="refill", recovery_learning_rate=0.3),
+            [TRAIN, ("prune-1", 0, 0.1, 1, "select cut rewind"), ("recover-1", 4, 0.3, 1, "")],
+        ),
+        (
+            dict(method="refill", rewind="none", num_rounds=2, recovery_epochs=1.5),
+            [
+                TRAIN,
+                ("prune-1", 0, 0.1, 1, "select cut"),
+                ("recover-1", 1.5, 0.1, 1, ""),
+                ("prune-2", 0, 0.1, 2, "select cut"),
+                ("recover-2", 1.5, 0.1, 2, ""),
+            ],
+        ),
+        (
+            dict(method="refill", rewind="step", rewind_step=2, recovery_epochs=0),
+            [TRAIN, ("prune-1", 0, 0.1, 1, "select cut rewind")],
+        ),
+    ],
+)
+def test_plan_stages(tmp_path, arguments, expected):
+    arguments = {"num_train_epochs": 4, "learning_rate": 0.1, **arguments}
+    assert [short(stage) for stage in plan(tmp_path, **arguments)] == expected
+
+
+def test_a_decaying_stage_without_length_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="`rsst_epochs` must be set when `num_train_epochs` is 0"):
+        plan(tmp_path, num_train_epochs=0)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.7, 0.99])
+@pytest.mark.parametrize("rounds", [1, 2, 5])
+def test_round_sparsity_is_cumulative_and_ends_at_the_target(sparsity, rounds):
+    reached = [round_sparsity(sparsity, i, rounds) for i in range(1, rounds + 1)]
+    assert reached[-1] == pytest.approx(sparsity)
+    density = 1.0
+    for value in reached:  # each round keeps the same share of what the one before it left
+        density *= (1 - sparsity) ** (1 / rounds)
+        assert 1 - value == pytest.approx(density)
+
+
+# ---- the folder ----
+STATE = dict(stages=["train"], done=1, history=[{"loss": 1.5, "step": 3}], metrics={"train": {"end": {}}})
+
+
+def test_the_state_comes_back_as_it_was(tmp_path):
+    folder, state = RunFolder(tmp_path / "run"), RunState(**STATE, steps=3, epochs=1.0, dense_widths={"a:d_inner": 7})
+    assert not folder.exists()
+    folder.write(state)
+    assert folder.exists() and folder.read(plan(tmp_path, method="dense")) == state
+    assert [file.name for file in folder.path.iterdir()] == [RunFolder.STATE]  # nothing left beside it
+
+
+def test_a_state_that_is_half_written_is_never_seen(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path)
+    folder.write(RunState(**STATE))
+    monkeypatch.setattr(json, "dumps", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        folder.write(RunState(["train"], done=0))
+    assert folder.read(plan(tmp_path, method="dense")).done == 1
+
+
+def test_a_run_with_other_stages_is_refused(tmp_path):
+    RunFolder(tmp_path).write(RunState(["train", "prune-1", "recover-1"]))
+    with pytest.raises(ValueError, match=r"'train', 'prune-1', 'recover-1'\], not \['train', 'rsst-1', 'recover-1'"):
+        RunFolder(tmp_path).read(plan(tmp_path, method="rsst"))
+
+
+def test_where_a_stage_starts_and_what_it_rewinds_to(tmp_path):
+    stages = plan(tmp_path, method="refill", num_rounds=2)
+    folder = RunFolder(tmp_path)
+    names = [folder.model(i, stages).relative_to(tmp_path).as_posix() for i in range(len(stages) + 1)]
+    assert names == ["start"] + [f"stages/{i}-{stage.name}/model" for i, stage in enumerate(stages)]
+    assert folder.rewind_point(1, stages) == folder.start
+    for index, after in ((0, [1, 2, 3]), (1, [2, 3])):  # the weights at a step, then what the first round cut of them
+        point = folder.stage(index, stages[index]) / "rewind"
+        point.mkdir(parents=True)
+        assert {folder.rewind_point(i, stages) for i in after} == {point}
+
+
+def test_masks_come_back_as_they_were(tmp_path):
+    masks = {"backbone.layers.0.mixer:d_inner": torch.tensor([True, False, True]), "b": torch.ones(1, dtype=bool)}
+    save_masks(masks, tmp_path / "deep" / "masks.safetensors")
+    loaded = load_masks(tmp_path / "deep" / "masks.safetensors")
+    assert loaded.keys() == masks.keys()
+    for name, mask in masks.items():
+        assert loaded[name].dtype == torch.bool and torch.equal(loaded[name], mask)
+
+
+def test_the_newest_whole_checkpoint_counts(tmp_path):
+    assert last_complete_checkpoint(tmp_path / "absent") is None
+    for step in (2, 10, 9):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")  # by number, not by spelling
+    (tmp_path / "checkpoint-11").mkdir()  # killed before its state was written
+    (tmp_path / "checkpoint-12").mkdir()
+    (tmp_path / "checkpoint-12" / "trainer_state.json").write_text('{"global_st')  # or while it was
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    (tmp_path / "model").mkdir()
+    remove_checkpoints(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

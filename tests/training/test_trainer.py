@@ -1,0 +1,477 @@
+import math
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_runs import (
+    PRUNING,
+    STEPS,
+    assert_same_state,
+    channels,
+    cut,
+    digits,
+    load_masks_of,
+    load_stage,
+    make_model,
+    make_trainer,
+    scale_leaving,
+)
+from transformers import TrainerCallback, TrainingArguments
+
+from mamba_rsst import MambaForImageClassification, PruningConfig, RSSTTrainer, select_channels
+
+
+class NoGradient(RSSTTrainer):
+    """Its loss has no gradient, so that nothing but the penalty moves a weight."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True)
+        return (0.0 * loss, outputs) if return_outputs else 0.0 * loss
+
+
+class Losses(RSSTTrainer):
+    """Keeps (stage, training, inputs, logits, loss) of every call of compute_loss, and the model's weights then."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True)
+        if self._stage is not None and not hasattr(self, "calls"):
+            self.calls = []
+        if self._stage is not None:
+            state = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+            self.calls.append((self._stage.name, model.training, inputs, outputs.logits.detach(), loss.item(), state))
+        return (loss, outputs) if return_outputs else loss
+
+
+class Spy(TrainerCallback):
+    """Copies of the weights when each stage's training ends, and whatever `at_start` finds when it begins."""
+
+    def __init__(self, at_start=None):
+        self.trainer, self.at_start, self.found, self.ends = None, at_start, {}, {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.found[self.trainer._stage.name] = self.at_start and self.at_start(self.trainer)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        state = self.trainer.model.state_dict()
+        self.ends[self.trainer._stage.name] = {name: tensor.clone() for name, tensor in state.items()}
+
+
+def run(folder, at_start=None, **arguments):
+    """(trainer, spy) after the whole run."""
+    spy = Spy(at_start)
+    trainer = make_trainer(folder, callbacks=[spy], **arguments)
+    spy.trainer = trainer
+    trainer.train()
+    return trainer, spy
+
+
+def logs_of(trainer, stage):
+    return [entry for entry in trainer.run_state.history if entry["stage"] == stage and "loss" in entry]
+
+
+# ---- the penalty ----
+SCHEDULES = {
+    "constant": lambda u, p: 1.0,
+    "quadratic": lambda u, p: u * u,
+    "exp_power": lambda u, p: (math.exp(u**p) - 1) / (math.e - 1),
+}
+
+
+@pytest.mark.parametrize("schedule", sorted(SCHEDULES))
+@pytest.mark.parametrize("decline", ["constant", "linear"])
+def test_growing_l2_shrinks_the_leaving_weights_by_the_product_and_nothing_else(tmp_path, schedule, decline):
+    """w <- w (1 - lr_t lambda(u_t)) over the steps of the WHOLE stage, u_t = (t + 1) / steps."""
+    rate, strength, steps, power = 0.01, 40.0, 2 * STEPS, 2.5
+    arguments = dict(num_train_epochs=0, rsst_epochs=2, recovery_epochs=0, learning_rate=0.5, rsst_learning_rate=rate)
+    arguments |= dict(lr_scheduler_type=decline, schedule=schedule, schedule_power=power, lambda_max=strength)
+    _, spy = run(tmp_path, cls=NoGradient, **arguments)
+    product = 1.0
+    for t in range(steps):
+        lr = rate * (1 - t / steps if decline == "linear" else 1)
+        product *= 1 - lr * strength * SCHEDULES[schedule]((t + 1) / steps, power)
+    assert 0.01 < product < 0.8  # neither nothing nor everything
+    start, masks = load_stage(tmp_path, "start").state_dict(), load_masks_of(tmp_path, "rsst-1")
+    expected = scale_leaving(start, masks, product)
+    assert_same_state(spy.ends["rsst-1"], expected, rtol=1e-5, atol=0)  # six products in fp32
+    moved = {name for name in start if not torch.equal(start[name], spy.ends["rsst-1"][name])}
+    assert moved == {name for name, _, _ in channels(masks)}
+
+
+@pytest.mark.parametrize("residual", [1e-3, 0.2])
+def test_growing_l2_of_itself_shrinks_to_the_residual(tmp_path, residual):
+    arguments = dict(num_train_epochs=0, rsst_epochs=2, recovery_epochs=0, residual=residual, warmup_steps=2)
+    _, spy = run(tmp_path, cls=NoGradient, lr_scheduler_type="cosine", **arguments)
+    start, masks = load_stage(tmp_path, "start").state_dict(), load_masks_of(tmp_path, "rsst-1")
+    assert_same_state(spy.ends["rsst-1"], scale_leaving(start, masks, residual), rtol=1e-4, atol=0)
+
+
+def test_a_penalised_stage_empties_the_leaving_channels_and_one_without_does_not(tmp_path):
+    shares = {}
+    for name, arguments in (("on", {}), ("off", {"lambda_max": 0.0})):
+        trainer, _ = run(tmp_path / name, rsst_epochs=3, recovery_epochs=0, **arguments)
+        shares[name] = [entry["leaving_share"] for entry in logs_of(trainer, "rsst-1")]
+    assert shares["off"][-1] > 0.5 * shares["off"][0] > 0.1
+    assert shares["on"][-1] < 0.02 and shares["on"] == sorted(shares["on"], reverse=True)
+
+
+@pytest.mark.parametrize("penalty", ["growing_l2", "group_lasso"])
+def test_lambda_grows_over_the_whole_stage(tmp_path, penalty):
+    """Not over each epoch: an earlier implementation began again at every epoch and hardly left zero."""
+    arguments = dict(penalty=penalty, schedule="linear", lambda_max=0.6, num_train_epochs=0, rsst_epochs=3)
+    trainer, _ = run(tmp_path, **arguments)
+    lambdas = [entry["lambda"] for entry in logs_of(trainer, "rsst-1")]
+    assert lambdas == pytest.approx([0.6 * (t + 1) / 9 for t in range(9)])
+
+
+@pytest.mark.parametrize("scope", ["leaving", "all"])
+def test_group_lasso_is_in_the_training_loss_and_in_no_other(tmp_path, scope):
+    strength = 0.03
+    arguments = dict(penalty="group_lasso", penalty_scope=scope, schedule="constant", lambda_max=strength)
+    arguments |= dict(eval_strategy="epoch", recovery_epochs=1)
+    trainer, _ = run(tmp_path, cls=Losses, **arguments)
+    masks = load_masks_of(tmp_path, "rsst-1")
+    seen = set()
+    for stage, training, inputs, logits, loss, state in trainer.calls:
+        expected = F.cross_entropy(logits, inputs["labels"]).item()
+        if stage == "rsst-1" and training:
+            squares = {}  # (layer, target) -> |w_g|^2 of each channel
+            for name, axis, _ in channels(masks):
+                layer, part = int(name.split(".")[2]), name.split(".")[3]
+                key = (layer, {"mixer": "d_inner", "mlp": "intermediate_size"}[part])
+                w = state[name].double().transpose(0, axis).reshape(state[name].shape[axis], -1)
+                sums = w.square().sum(1).view(-1, len(masks[key])).sum(0)  # in_proj holds x and z
+                squares[key] = squares.get(key, 0) + sums
+            norms = {key: value.sqrt() for key, value in squares.items()}
+            chosen = {key: n if scope == "all" else n[~masks[key]] for key, n in norms.items()}
+            penalty = strength * sum(float(n.sum()) for n in chosen.values())
+            assert penalty > 0.05
+            expected += penalty
+        seen.add((stage, training))
+        assert loss == pytest.approx(expected, rel=1e-5)
+    assert {("rsst-1", True), ("rsst-1", False), ("train", True), ("recover-1", True)} <= seen
+
+
+def test_group_lasso_pushes_the_leaving_channels_down(tmp_path):
+    shares = {}
+    for strength in (0.0, 0.3):
+        arguments = dict(penalty="group_lasso", schedule="linear", lambda_max=strength, rsst_epochs=4)
+        arguments |= dict(num_train_epochs=0, recovery_epochs=0, learning_rate=0.05)
+        trainer, _ = run(tmp_path / str(strength), **arguments)
+        shares[strength] = logs_of(trainer, "rsst-1")[-1]["leaving_share"]
+    assert shares[0.3] < 0.7 * shares[0.0]
+
+
+def test_a_strength_that_would_turn_weights_around_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="lr \\* lambda must be in .0, 1.*lower lambda_max"):
+        run(tmp_path, num_train_epochs=0, rsst_epochs=1, lambda_max=200.0, schedule="constant")
+
+
+# ---- who leaves ----
+@pytest.mark.parametrize("method", ["rsst", "refill"])
+def test_channels_are_chosen_on_the_trained_weights(tmp_path, method):
+    """Not on those that the survivors go back to: an earlier implementation scored after the rewind."""
+    run(tmp_path, method=method, recovery_epochs=0)
+    chosen = load_masks_of(tmp_path, f"{'rsst' if method == 'rsst' else 'prune'}-1")
+    for stage, same in (("train", True), ("start", False)):
+        masks = select_channels(load_stage(tmp_path, stage), PruningConfig(**PRUNING))
+        masks = {(int(n.split(".")[2]), n.split(":")[1]): mask for n, mask in masks.items()}
+        assert all(torch.equal(masks[key], mask) for key, mask in chosen.items()) == same
+
+
+def test_the_stage_does_not_change_its_choice(tmp_path):
+    """The masks that penalise, those that cut and those on disk are the same ones, and none is all True."""
+    _, spy = run(tmp_path, recovery_epochs=0)
+    masks = load_masks_of(tmp_path, "rsst-1")
+    assert all(mask.any() and not mask.all() for mask in masks.values())
+    assert_same_state(load_stage(tmp_path, "rsst-1").state_dict(), cut(spy.ends["rsst-1"], masks))
+
+
+def test_data_driven_scores_look_at_the_batches_that_were_given(tmp_path):
+    collate = make_trainer(tmp_path / "unused").eval_data_collator
+    batches = [collate(list(range(20))), collate(list(range(20, 60)))]
+    pruning = {**PRUNING, "importance": "taylor"}
+    trainer = make_trainer(tmp_path / "run", pruning=pruning, recovery_epochs=0)
+    trainer.calibration = batches
+    trainer.train()
+    masks = select_channels(load_stage(tmp_path / "run", "train"), PruningConfig(**pruning), batches)
+    chosen = load_masks_of(tmp_path / "run", "rsst-1")
+    for name, mask in masks.items():
+        assert torch.equal(chosen[int(name.split(".")[2]), name.split(":")[1]], mask)
+
+
+# ---- the cut and the rewind ----
+class AtStep(TrainerCallback):
+    def __init__(self, step):
+        self.step, self.weights = step, None
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step and self.weights is None:
+            self.weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("rewind", ["initial", "step", "none"])
+def test_refill_cuts_and_sets_the_survivors_back(tmp_path, rewind):
+    spy = AtStep(2)
+    arguments = dict(method="refill", rewind=rewind, rewind_step=2 if rewind == "step" else 0, recovery_epochs=0)
+    trainer = make_trainer(tmp_path, callbacks=[spy], **arguments)
+    initial = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    trainer.train()
+    trained = load_stage(tmp_path, "train").state_dict()
+    source = {"initial": initial, "step": spy.weights, "none": trained}[rewind]
+    assert not torch.equal(
+        source["classifier.weight"], (trained if rewind != "none" else initial)["classifier.weight"]
+    )
+    expected = cut(source, load_masks_of(tmp_path, "prune-1"))
+    assert_same_state(trainer.model.state_dict(), expected)
+    assert_same_state(load_stage(tmp_path, "prune-1").state_dict(), expected)
+
+
+@pytest.mark.parametrize("method, stage", [("rsst", "rsst"), ("refill", "prune")])
+def test_rounds_remove_more_and_more_of_the_dense_channels(tmp_path, method, stage):
+    trainer, _ = run(tmp_path, method=method, num_rounds=2, pruning={**PRUNING, "sparsity": 0.7})
+    dense = {"d_inner": 2 * 32, "intermediate_size": 2 * 24}
+    for round_, wanted in ((1, 1 - 0.3**0.5), (2, 0.7)):
+        config = load_stage(tmp_path, f"{stage}-{round_}").config
+        for target, total in dense.items():
+            removed = 1 - sum(config.widths(target)) / total
+            assert wanted <= removed + 1e-9 < wanted + 2 / total  # no more than the channel it takes to get there
+    widths = [sum(trainer.model.config.widths(target)) for target in dense]
+    assert widths == [sum(config.widths(target)) for target in dense]
+    if method == "refill":  # the second round goes back to the initial weights too, through both cuts
+        first, second = (load_masks_of(tmp_path, f"prune-{i}") for i in (1, 2))
+        initial = cut(cut(load_stage(tmp_path, "start").state_dict(), first), second)
+        assert_same_state(load_stage(tmp_path, "prune-2").state_dict(), initial)
+    sparsities = [logs_of(trainer, f"recover-{i}")[-1]["channel_sparsity"] for i in (1, 2)]
+    assert sparsities[0] == pytest.approx(1 - 0.3**0.5, abs=0.02) and sparsities[1] == pytest.approx(0.7, abs=0.02)
+
+
+def test_sparsity_per_target_is_reached_in_rounds_too(tmp_path):
+    pruning = {**PRUNING, "sparsity": {"d_inner": 0.75, "intermediate_size": 0.25}}
+    trainer, _ = run(tmp_path, method="refill", num_rounds=2, num_train_epochs=0, pruning=pruning)
+    assert sum(trainer.model.config.widths("d_inner")) == 0.25 * 64
+    assert sum(trainer.model.config.widths("intermediate_size")) == 0.75 * 48
+    first = load_stage(tmp_path, "prune-1").config
+    assert sum(first.widths("d_inner")) == 0.5 * 64
+
+
+def test_the_optimizer_after_a_cut_holds_the_new_parameters(tmp_path):
+    def parameters(trainer):
+        held = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+        assert len(held) == len({id(p) for p in held})
+        return {id(p) for p in held} == {id(p) for p in trainer.model.parameters()}, len(trainer.optimizer.state)
+
+    trainer, spy = run(tmp_path, at_start=parameters)
+    assert spy.found == {"train": (True, 0), "rsst-1": (True, 0), "recover-1": (True, 0)}  # and nothing of the past
+    before, after = load_stage(tmp_path, "rsst-1").state_dict(), trainer.model.state_dict()
+    assert [name for name in after if torch.equal(before[name], after[name])] == []  # every weight was trained on
+
+
+def test_the_final_model_is_really_smaller_and_reloads_equal(tmp_path):
+    trainer, _ = run(tmp_path / "run")
+    trainer.save_model(str(tmp_path / "saved"))
+    model = MambaForImageClassification.from_pretrained(tmp_path / "saved")
+    assert_same_state(model.state_dict(), trainer.model.state_dict())
+    config = model.config
+    for target, dense in (("d_inner", 2 * 32), ("intermediate_size", 2 * 24)):
+        assert sum(config.widths(target)) == 0.5 * dense
+    for i, layer in enumerate(model.backbone.layers):
+        assert layer.mixer.out_proj.weight.shape == (16, config.widths("d_inner")[i])
+        assert layer.mixer.in_proj.weight.shape == (2 * config.widths("d_inner")[i], 16)
+        assert layer.mlp.fc1.weight.shape == (config.widths("intermediate_size")[i], 16)
+    images = trainer.eval_data_collator(list(range(7)))["pixel_values"]
+    with torch.no_grad():
+        assert torch.equal(model(images).logits, trainer.model.eval()(images).logits)
+    assert sum(p.numel() for p in model.parameters()) < 0.7 * sum(p.numel() for p in make_model().parameters())
+
+
+# ---- distillation ----
+@pytest.mark.parametrize("temperature, weight", [(2.0, 0.3), (4.0, 1.0)])
+def test_distillation_is_hintons_loss_and_leaves_the_dense_teacher_alone(tmp_path, temperature, weight):
+    arguments = dict(distillation_weight=weight, distillation_temperature=temperature, eval_strategy="epoch")
+    model = make_model(hidden_dropout_prob=0.3)  # a teacher in training mode would show
+    trainer, _ = run(tmp_path, model=model, cls=Losses, lambda_max=1.0, **arguments)
+    dense = load_stage(tmp_path, "train").eval()
+    assert dense.config.d_inner == 32
+    assert_same_state(trainer.teacher.state_dict(), dense.state_dict())
+    assert not trainer.teacher.training and not any(p.requires_grad for p in trainer.teacher.parameters())
+    taught = set()
+    for stage, training, inputs, logits, loss, _ in trainer.calls:
+        task = F.cross_entropy(logits, inputs["labels"]).item()
+        expected = task
+        if stage != "train" and training:
+            with torch.no_grad():
+                p = torch.softmax(dense(inputs["pixel_values"]).logits.double() / temperature, -1)
+            q = torch.softmax(logits.double() / temperature, -1)
+            kl = (p * (p / q).log()).sum(-1).mean().item()
+            expected = (1 - weight) * task + weight * temperature**2 * kl
+            taught.add(stage)
+            assert abs(expected - task) > 1e-3
+        assert loss == pytest.approx(expected, rel=1e-4)
+    assert taught == {"rsst-1", "recover-1"}
+
+
+# ---- what is recorded ----
+def evaluate_by_hand(model):
+    collate = make_trainer("unused", method="dense").eval_data_collator
+    batch = collate(list(range(len(digits().eval))))
+    with torch.no_grad():
+        logits = model.eval()(batch["pixel_values"]).logits
+    loss = F.cross_entropy(logits, batch["labels"]).item()
+    return {"eval_loss": loss, "eval_accuracy": (logits.argmax(-1) == batch["labels"]).float().mean().item()}
+
+
+def near(metrics):
+    return {key: pytest.approx(value, abs=1e-5) for key, value in metrics.items()}
+
+
+@pytest.mark.parametrize("method, stage", [("rsst", "rsst-1"), ("refill", "prune-1")])
+def test_the_metrics_around_the_cut_are_those_of_the_models_around_the_cut(tmp_path, method, stage):
+    trainer, spy = run(
+        tmp_path, method=method, num_train_epochs=2, **({"lambda_max": 1.0} if method == "rsst" else {})
+    )
+    recorded = {
+        name: {when: {k: m[k] for k in ("eval_loss", "eval_accuracy")} for when, m in metrics.items()}
+        for name, metrics in trainer.run_state.metrics.items()
+    }
+    trained = load_stage(tmp_path, "train")
+    before = make_model()
+    before.load_state_dict(spy.ends["rsst-1"] if method == "rsst" else trained.state_dict())
+    after = load_stage(tmp_path, stage)
+    end = evaluate_by_hand(after)  # refill: after the rewind
+    after.load_state_dict(cut(before.state_dict(), load_masks_of(tmp_path, stage)))
+    assert recorded == {
+        "train": {"end": near(evaluate_by_hand(trained))},
+        stage: {
+            "before_cut": near(evaluate_by_hand(before)),
+            "after_cut": near(evaluate_by_hand(after)),
+            "end": near(end),
+        },
+        "recover-1": {"end": near(evaluate_by_hand(trainer.model))},
+    }
+    losses = [metrics["eval_loss"] for metrics in recorded[stage].values()]
+    assert losses[0] != pytest.approx(losses[1], abs=1e-3)
+    assert (losses[1] == pytest.approx(losses[2], abs=1e-6)) == (method == "rsst")
+
+
+def test_the_history_says_where_it_was_and_how_it_went(tmp_path):
+    trainer, _ = run(tmp_path, num_train_epochs=2, rsst_epochs=1, recovery_epochs=1, logging_steps=2)
+    history = trainer.run_state.history
+    assert [(e["stage"], e["step"]) for e in history if "loss" in e] == [
+        ("train", 2),
+        ("train", 4),
+        ("train", 6),
+        ("rsst-1", 8),
+        ("recover-1", 11),  # the last of the rsst stage's three steps is not logged, but counts
+    ]
+    assert [round(e["epoch"], 3) for e in history] == [0.667, 1.333, 2.0, 2.667, 3.667]
+    for entry in history:
+        decays = entry["stage"] == "rsst-1"
+        assert ("lambda" in entry) == ("leaving_share" in entry) == decays
+        assert entry["channel_sparsity"] == (0.5 if entry["stage"] == "recover-1" else 0.0)
+        assert entry["learning_rate"] > 0
+        if decays:
+            assert entry["lambda"] > 0 and 0 < entry["leaving_share"] < 1
+    assert trainer.run_state.steps == 12 and trainer.run_state.epochs == 4
+
+
+def test_the_arguments_are_given_back_as_they_were(tmp_path):
+    arguments = dict(rsst_epochs=2, rsst_learning_rate=0.02, recovery_learning_rate=0.03)
+    trainer, _ = run(tmp_path, **arguments)
+    assert trainer.args.output_dir == str(tmp_path)
+    assert trainer.args.num_train_epochs == 1 and trainer.args.learning_rate == 0.01
+    first = {stage: logs_of(trainer, stage)[0]["learning_rate"] for stage in ("train", "rsst-1", "recover-1")}
+    assert first == {"train": 0.01, "rsst-1": 0.02, "recover-1": 0.03}
+    assert not list(tmp_path.rglob("checkpoint-*"))
+
+
+def test_evaluating_leaves_the_random_numbers_of_training_alone(tmp_path):
+    trainer = make_trainer(tmp_path, method="dense")
+    state = torch.get_rng_state()
+    trainer.evaluate()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_best_checkpoint_of_a_decaying_stage_is_not_brought_back(tmp_path):
+    """It is the one in which the leaving channels still are what they were."""
+    arguments = dict(load_best_model_at_end=True, eval_strategy="epoch", save_strategy="epoch", rsst_epochs=3)
+    trainer, spy = run(tmp_path, num_train_epochs=4, recovery_epochs=0, **arguments)
+    assert logs_of(trainer, "rsst-1")[-1]["leaving_share"] < 0.1
+    masks = load_masks_of(tmp_path, "rsst-1")
+    assert_same_state(trainer.model.state_dict(), cut(spy.ends["rsst-1"], masks))
+    evaluated = [e["eval_loss"] for e in trainer.run_state.history if "eval_loss" in e][-3:]
+    assert evaluated[-1] > min(evaluated)  # else the best were the last
+    assert trainer.run_state.metrics["rsst-1"]["before_cut"]["eval_loss"] == pytest.approx(evaluated[-1], abs=1e-5)
+    assert trainer.args.load_best_model_at_end is True
+
+
+# ---- weight decay ----
+SPARED = r"(A_log|A_b_log|\.D|\.D_b|bias|norm\d?\.weight|norm_f\.weight|cls_token|position_embeddings)$"
+
+
+@pytest.mark.parametrize("bidirectional", ["none", "v1", "v2"])
+def test_weight_decay_spares_what_is_no_matrix(tmp_path, bidirectional):
+    model = make_model(bidirectional=bidirectional, use_bias=True, class_token="both")
+    trainer = make_trainer(tmp_path, model=model, weight_decay=0.1)
+    trainer.create_optimizer()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decays = {names[id(p)]: g["weight_decay"] for g in trainer.optimizer.param_groups for p in g["params"]}
+    assert decays.keys() == set(names.values())
+    for name, decay in decays.items():
+        assert decay == (0.0 if re.search(SPARED, name) else 0.1), name
+    assert decays["backbone.layers.0.mixer.dt_proj.weight"] == 0.1
+
+
+# ---- refusals ----
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(pruning=None), "method='rsst' needs `pruning`"),
+        (dict(pruning=dict(targets=["d_inner"], round_to=33)), "`round_to` is 33 but .* only 32 channels"),
+        (dict(pruning=dict(sparsity=0.95, floor=0.5)), "Cannot remove 95.0% of the d_inner channels"),
+        (dict(num_train_epochs=0), "`rsst_epochs` must be set"),
+        (dict(dataloader_drop_last=True, per_device_train_batch_size=97), "nothing of 96 samples in batches of 97"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_is_written(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path / "run", **arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_target_that_the_model_lacks(tmp_path):
+    with pytest.raises(ValueError, match="MambaForImageClassification has no 'intermediate_size' to prune"):
+        make_trainer(tmp_path, model=make_model(intermediate_size=0))
+
+
+def test_other_arguments_models_and_optimizers_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="`args` must be an RSSTConfig, got TrainingArguments"):
+        RSSTTrainer(model=make_model(), args=TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
+    args = make_trainer(tmp_path, method="dense").args
+    optimizer = torch.optim.SGD(make_model().parameters(), lr=0.1)
+    for arguments in (dict(model_init=make_model), dict(model=make_model(), optimizers=(optimizer, None))):
+        with pytest.raises(ValueError, match="builds its optimizers itself"):
+            RSSTTrainer(args=args, **arguments)
+
+
+def test_a_rewind_step_beyond_the_first_stage(tmp_path):
+    with pytest.raises(ValueError, match="`rewind_step` is 4, but the first stage has 3 steps"):
+        run(tmp_path, method="refill", rewind="step", rewind_step=4)
+
+
+def test_a_folder_that_holds_a_run_is_left_alone(tmp_path):
+    run(tmp_path, method="dense")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="already holds a run"):
+        run(tmp_path, method="dense")
+    with pytest.raises(ValueError, match="holds a run with the stages .'train'., not"):
+        make_trainer(tmp_path).train(resume_from_checkpoint=True)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
+    with pytest.raises(ValueError, match="holds no run to resume"):
+        make_trainer(tmp_path / "empty").train(resume_from_checkpoint=True)
+
+
+def test_dense_training_needs_no_pruning_and_cuts_nothing(tmp_path):
+    trainer, _ = run(tmp_path, method="dense", pruning=None)
+    assert trainer.model.config.d_inner == 32 and list(trainer.run_state.metrics) == ["train"]
+    assert "channel_sparsity" not in trainer.run_state.history[0]
