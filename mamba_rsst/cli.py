@@ -97,7 +97,7 @@ def _prune(args) -> None:
     from .pruning import PruningConfig, prune_
     from .report import widths_table
 
-    out = Path(args.out)
+    out = Path(args.out).expanduser()
     if out.exists() and not args.dry_run:
         raise ValueError(f"{args.out!r} exists; choose a new folder.")
     settings = {
@@ -154,6 +154,7 @@ def _calibration(args, model, config):
         image_size=model.config.image_size,
         num_channels=model.config.num_channels,
     )
+    _check_classes(model, args.data, data)
     collate = ImageCollator(data.train, mean=data.mean, std=data.std, num_classes=len(data.id2label))
     return [collate(list(range(s, min(s + 64, len(data.train))))) for s in range(0, len(data.train), 64)]
 
@@ -215,6 +216,7 @@ def _eval(args) -> None:
     config = replace(config, max_train_samples=None, **{k: v for k, v in changes.items() if v is not None})
     c = model.config
     data = load_image_data(config, image_size=c.image_size, num_channels=c.num_channels)
+    _check_classes(model, config.path, data)
     mean, std = _normalisation(args.model, data)
     try:
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -238,6 +240,11 @@ def _eval(args) -> None:
     ):
         table.add_row(name, value)
     Console().print(table)
+
+
+def _check_classes(model, path: str, data) -> None:
+    if len(data.id2label) != model.config.num_labels:
+        raise ValueError(f"{path!r} has {len(data.id2label)} classes, the model {model.config.num_labels}.")
 
 
 def _normalisation(model_path: str, data):

@@ -35,7 +35,7 @@ def load_model(path: str | os.PathLike, **kwargs) -> PreTrainedModel:
         except ValueError as error:
             raise ValueError(f"{name!r} has a config.json that is not valid JSON: {error}") from error
         model_type = content.get("model_type") if isinstance(content, dict) else None
-        if model_type not in AUTO_CLASSES:
+        if not isinstance(model_type, str) or model_type not in AUTO_CLASSES:
             raise ValueError(f"{name!r} has model_type {model_type!r}; supported are {sorted(AUTO_CLASSES)}.")
     try:
         config = AutoConfig.from_pretrained(name)

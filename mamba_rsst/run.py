@@ -41,8 +41,7 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> dict:
     trainer = _trainer(recipe, args, model, data)
     trainer.accelerator.wait_for_everyone()  # every process has found the folder free before one writes to it
     if trainer.is_world_process_zero():
-        folder.mkdir(parents=True, exist_ok=True)
-        report.write_atomic(folder / RECIPE_FILE, recipe.to_yaml())
+        _claim(folder, recipe, resume)
     trainer.train(resume_from_checkpoint=resume and trainer.run_folder.exists())
     results = None
     if trainer.is_world_process_zero():
@@ -73,6 +72,21 @@ def _check_folder(folder: Path, recipe: Recipe, resume: bool) -> None:
         raise ValueError(f"{str(folder)!r} is not empty; choose another training.output_dir.")
 
 
+def _claim(folder: Path, recipe: Recipe, resume: bool) -> None:
+    """Put the recipe into the folder, which makes it this run's; of two runs that start at once, one gets it."""
+    if resume:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = folder / f".{RECIPE_FILE}.{os.getpid()}"
+    beside.write_text(recipe.to_yaml())
+    try:
+        os.link(beside, folder / RECIPE_FILE)  # unlike a rename it fails where the name is taken
+    except FileExistsError:
+        raise ValueError(f"{str(folder)!r} has just been taken by another run.") from None
+    finally:
+        beside.unlink()
+
+
 def _model_config(recipe: Recipe) -> MambaRsstVisionConfig:
     if recipe.model.path is None:
         return MambaRsstVisionConfig.preset(recipe.model.preset, **recipe.model.overrides)
@@ -96,6 +110,10 @@ def _start_model(recipe: Recipe, config, data: ImageData) -> MambaForImageClassi
 
 
 def _trainer(recipe: Recipe, args, model, data: ImageData) -> RSSTTrainer:
+    if args.label_smoothing_factor:
+        raise ValueError(
+            "`training.label_smoothing_factor` does not go with images; set augmentation.label_smoothing."
+        )
     if args.dataloader_num_workers:
         raise ValueError("`training.dataloader_num_workers` must be 0: the images live in memory, on the device.")
     args.dataloader_pin_memory = False

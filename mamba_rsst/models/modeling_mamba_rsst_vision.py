@@ -193,6 +193,8 @@ class MambaForImageClassification(MambaVisionPreTrainedModel):
 
     def __init__(self, config: MambaRsstVisionConfig):
         super().__init__(config)
+        if config.problem_type not in (None, "single_label_classification"):
+            raise ValueError(f"`problem_type` must be single_label_classification, got {config.problem_type!r}.")
         self.num_labels = config.num_labels
         self.backbone = MambaVisionModel(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)

@@ -247,6 +247,11 @@ class Group:
             module = _submodule(self.owner, path)
             if module is None or getattr(module, name, None) is None:
                 continue
+            if name not in module._parameters and name not in module._buffers:
+                raise ValueError(
+                    f"{row.parameter!r} of {self.name!r} is computed, not stored; merge adapters and remove "
+                    "parametrizations before pruning."
+                )
             yield View(module, name, row.axis, sum(map(self.width, row.after)), self.size, row.role)
 
     def scored_views(self) -> Iterator[View]:

@@ -25,7 +25,7 @@ class Calibration:
     def __iter__(self):
         device = next(self.model.parameters()).device
         count = 0
-        for batch in self.batches or ():
+        for batch in () if self.batches is None else self.batches:
             count += 1
             yield {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         if count == 0:
@@ -118,11 +118,12 @@ def activation(groups, calibration) -> Scores:
     """Sum of a^2 of what the channel hands on, over all calibration tokens: out_proj's or fc2's input, the rows of B
     and C for a state, the low-rank step for dt_rank."""
     scores = {g.name: torch.zeros(g.size) for g in groups}
-    handles = []
+    seen, handles = set(), []
 
     def watch(group, module, side, start):
         def hook(module, args, output):
             values = (args[0] if side == "input" else output).detach()[..., start : start + group.size]
+            seen.add(group.name)
             scores[group.name] += values.float().square().flatten(0, -2).sum(0).cpu()
 
         handles.append(module.register_forward_hook(hook))
@@ -137,6 +138,8 @@ def activation(groups, calibration) -> Scores:
     finally:
         for handle in handles:
             handle.remove()
+    if unseen := [group.name for group in groups if group.name not in seen]:
+        raise ValueError(f"Importance 'activation': the model never called what hands on {unseen[0]!r}.")
     return scores
 
 

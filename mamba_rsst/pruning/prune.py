@@ -9,7 +9,7 @@ from .config import PruningConfig
 from .groups import Group, find_groups
 from .importance import Calibration, score_channels
 from .masks import Masks, kept_widths
-from .shrink import shrink_
+from .shrink import config_widths, shrink_
 
 
 def select_channels(
@@ -22,7 +22,9 @@ def select_channels(
     """
     groups = find_groups(model, config.targets)
     scores = score_channels(groups, config.importance, Calibration(model, calibration, config.seed))
-    return allocate(model, groups, scores, config, dense)
+    masks = allocate(model, groups, scores, config, dense)
+    config_widths(model, groups, masks)  # a choice that could not be cut is an error here already
+    return masks
 
 
 def prune_(

@@ -18,7 +18,7 @@ def shrink_(model: nn.Module, masks: Masks) -> nn.Module:
     """
     groups = find_groups(model)
     check_masks(groups, masks)
-    widths = _config_widths(model, groups, masks)
+    widths = config_widths(model, groups, masks)
     for group in groups:
         if group.name in masks and not masks[group.name].all():
             _cut_group_(group, masks[group.name])
@@ -69,8 +69,8 @@ _SIZE_ATTRIBUTES = {
 }
 
 
-def _config_widths(model, groups, masks) -> dict[str, int | list[int]]:
-    """Config field -> its value after the cut."""
+def config_widths(model, groups, masks) -> dict[str, int | list[int]]:
+    """Config field -> its value after a cut. Raises ValueError for widths that the config cannot hold."""
     kept = kept_widths(groups, masks)
     fields: dict[str, dict[int, int]] = {}
     for group in groups:

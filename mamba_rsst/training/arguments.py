@@ -1,5 +1,6 @@
 """RSSTConfig: transformers' TrainingArguments plus the rounds of training, pruning and recovery."""
 
+import math
 import warnings
 from dataclasses import dataclass, field, fields
 
@@ -60,7 +61,11 @@ class RSSTConfig(TrainingArguments):
     rewind_step: int = field(default=0, metadata={"help": "rewind=step: the optimizer step of the first stage."})
 
     distillation_weight: float = field(
-        default=0.0, metadata={"help": "Weight w of the dense model's soft targets: (1-w) task + w T^2 KL, in [0, 1]."}
+        default=0.0,
+        metadata={
+            "help": "Weight w in [0, 1] of the dense model's soft targets, after the first stage: "
+            "(1-w) task + w T^2 KL."
+        },
     )
     distillation_temperature: float = field(default=2.0, metadata={"help": "Temperature T of the soft targets."})
     compile_blocks: bool = field(
@@ -91,8 +96,8 @@ class RSSTConfig(TrainingArguments):
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {list(choices)}, got {getattr(self, name)!r}.")
-        if self.num_train_epochs < 0:
-            raise ValueError(f"`num_train_epochs` must be >= 0, got {self.num_train_epochs}.")
+        if not 0 <= self.num_train_epochs < math.inf:
+            raise ValueError(f"`num_train_epochs` must be >= 0 and finite, got {self.num_train_epochs}.")
         for name in (
             "num_rounds",
             "calibration_batches",
@@ -105,8 +110,8 @@ class RSSTConfig(TrainingArguments):
         rates = ("learning_rate", "rsst_learning_rate", "recovery_learning_rate")
         for name in ("rsst_epochs", "recovery_epochs", "lambda_max", *rates):
             value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise ValueError(f"`{name}` must be >= 0, got {value}.")
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"`{name}` must be >= 0 and finite, got {value}.")
         if self.method == "rsst" and self.rsst_epochs == 0:
             raise ValueError("`rsst_epochs` must be > 0: the leaving channels are decayed away during that stage.")
         if not 0.0 < self.residual < 1.0:
@@ -121,6 +126,10 @@ class RSSTConfig(TrainingArguments):
             )
         if self.rewind == "step" and (self.rewind_step < 1 or self.num_train_epochs == 0):
             raise ValueError("rewind='step' needs a `rewind_step` of at least 1 and a first stage to take it from.")
+        if self.save_only_model:
+            raise ValueError(
+                "`save_only_model` leaves out what a run needs to be resumed: optimizer and random numbers."
+            )
         if self.max_steps > 0:
             raise ValueError("`max_steps` does not say which stage it bounds; set the epochs of the stages instead.")
         scheduler = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)
@@ -135,7 +144,11 @@ class RSSTConfig(TrainingArguments):
     def _warn_of_ignored(self) -> None:
         ignored = [] if self._solves_lambda_max() else ["residual"]
         if self.method != "rsst":
-            ignored += ["rsst_epochs", "rsst_learning_rate", "penalty", "schedule", "lambda_max"]
+            ignored += ["rsst_epochs", "rsst_learning_rate", "penalty", "schedule", "lambda_max", "penalty_scope"]
+        if self.method != "rsst" or self.schedule not in ("power", "exp_power"):
+            ignored += ["schedule_power"]
+        if self.distillation_weight == 0:
+            ignored += ["distillation_temperature"]
         if self.method != "refill":
             ignored += ["rewind"]
         if self.method != "refill" or self.rewind != "step":

@@ -67,6 +67,8 @@ class RunState:
     """What a run has done so far, as JSON in its folder; all else follows from it and the stages' folders."""
 
     stages: list[str]
+    settings: dict = field(default_factory=dict)
+    """What decides the outcome; resuming with other settings is refused."""
     done: int = 0
     """Stages that are finished, their models saved."""
     history: list[dict] = field(default_factory=list)
@@ -94,12 +96,16 @@ class RunFolder:
     def exists(self) -> bool:
         return (self.path / self.STATE).is_file()
 
-    def read(self, stages: list[Stage]) -> RunState:
-        """Raises ValueError if the folder's run has other stages than this one."""
+    def read(self, stages: list[Stage], settings: dict) -> RunState:
+        """Raises ValueError if the folder's run has other stages or settings than this one."""
         state = RunState(**json.loads((self.path / self.STATE).read_text()))
         names = [s.name for s in stages]
         if state.stages != names:
             raise ValueError(f"{str(self.path)!r} holds a run with the stages {state.stages}, not {names}.")
+        for name in sorted(settings.keys() | state.settings.keys()):
+            before, now = state.settings.get(name), settings.get(name)
+            if before != now:
+                raise ValueError(f"{str(self.path)!r} was started with {name}={before!r}, not {now!r}.")
         return state
 
     def write(self, state: RunState) -> None:
@@ -138,12 +144,15 @@ def load_masks(path: Path) -> Masks:
     return load_file(path)
 
 
-def last_complete_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint whose writing was finished: trainer_state.json is written last."""
+def last_complete_checkpoint(folder: Path, processes: int = 1) -> str | None:
+    """The newest checkpoint whose writing was finished: trainer_state.json, and every process's random numbers."""
+    states = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
     checkpoints = []
     for path in folder.glob("checkpoint-*"):
         try:
             json.loads((path / "trainer_state.json").read_text())
+            if not all((path / name).is_file() for name in states):
+                continue
             checkpoints.append((int(path.name.rpartition("-")[2]), str(path)))
         except (OSError, ValueError):
             continue  # interrupted while it was written

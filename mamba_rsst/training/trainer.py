@@ -3,6 +3,8 @@
 import contextlib
 import copy
 import dataclasses
+import json
+import math
 import shutil
 import time
 from collections.abc import Iterable
@@ -12,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import upload_folder
-from transformers import Trainer, TrainerCallback, set_seed
+from transformers import Trainer, TrainerCallback, get_scheduler, set_seed
 from transformers.trainer_utils import TrainOutput
 
 from ..pruning import Masks, PruningConfig, find_groups, leaving_share, select_channels, shrink_
@@ -67,16 +69,18 @@ class RSSTTrainer(Trainer):
         if args.method != "dense":
             if pruning is None:
                 raise ValueError(f"method={args.method!r} needs `pruning`, a PruningConfig.")
-            if model is not None:  # a target that it lacks or a budget out of reach: an error now, not hours later
-                select_channels(model, dataclasses.replace(pruning, importance="magnitude_l2"))
+            if model is not None:
+                _check_prunable(model, args, pruning)
         batch, samples = args.train_batch_size * args.world_size, kwargs.get("train_dataset")
         if args.dataloader_drop_last and hasattr(samples, "__len__") and len(samples) < batch:
             raise ValueError(f"`dataloader_drop_last` leaves nothing of {len(samples)} samples in batches of {batch}.")
         stages = plan_stages(args)
         super().__init__(model=model, args=args, **kwargs)
+        if args.method != "dense" and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError("Channels cannot be scored and cut in weights that FSDP or DeepSpeed has sharded.")
         self.pruning = pruning
         self.eval_data_collator = eval_data_collator
-        self.calibration = calibration
+        self.calibration = None if calibration is None else list(calibration)  # read again in every round
         self.stages = stages
         self.run_folder = RunFolder(args.output_dir)
         self.run_state: RunState | None = None
@@ -85,12 +89,19 @@ class RSSTTrainer(Trainer):
         self._masks: Masks = {}
         self._leaving_groups = []
         self._lambda_max = 0.0
+        self._check_decay()
         self.add_callback(_StageCallback(self))
 
     # ---- the run: stages, one after the other ----------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: bool | None = None, **kwargs) -> TrainOutput:
-        """Run the stages that are not done yet. Returns the last one's TrainOutput."""
+        """Run the stages that are not done yet. Returns the last one's TrainOutput.
+
+        resume_from_checkpoint: True goes on with the run in `args.output_dir`, under the same settings. Raises
+        ValueError for a path: where a run goes on follows from its folder.
+        """
+        if resume_from_checkpoint not in (None, False, True):
+            raise ValueError(f"`resume_from_checkpoint` is True or False here, got {resume_from_checkpoint!r}.")
         self._open_run(bool(resume_from_checkpoint))
         output = TrainOutput(0, 0.0, {})
         whole_run = copy.copy(self.args)
@@ -110,7 +121,7 @@ class RSSTTrainer(Trainer):
                 raise ValueError(
                     f"{str(folder.path)!r} already holds a run: resume it, or choose another `output_dir`."
                 )
-            self.run_state = folder.read(self.stages)
+            self.run_state = folder.read(self.stages, self._settings())
             self._set_model(folder.model(self.run_state.done, self.stages))
             if self.is_world_process_zero():
                 for i, stage in enumerate(self.stages[: self.run_state.done]):
@@ -119,9 +130,17 @@ class RSSTTrainer(Trainer):
         if resume:
             raise ValueError(f"{str(folder.path)!r} holds no run to resume.")
         widths = {g.name: g.size for g in self._groups()} if self.pruning else {}
-        self.run_state = RunState([s.name for s in self.stages], dense_widths=widths)
+        self.run_state = RunState([s.name for s in self.stages], settings=self._settings(), dense_widths=widths)
         self._save_model_folder(folder.start)
         self._write_state()
+
+    def _settings(self) -> dict:
+        """What a run may not change when it is resumed, as JSON holds it."""
+        names = [*RSSTConfig.__annotations__, "learning_rate", "num_train_epochs", "weight_decay", "seed"]
+        settings = {name: getattr(self.args, name) for name in names if name != "compile_blocks"}
+        if self.pruning is not None:
+            settings["pruning"] = dataclasses.asdict(self.pruning)
+        return json.loads(json.dumps(settings))
 
     def _run_stage(self, index: int, run_args, **kwargs) -> TrainOutput | None:
         stage = self._stage = self.stages[index]
@@ -147,7 +166,9 @@ class RSSTTrainer(Trainer):
             if self.args.compile_blocks:
                 self._compile_blocks()
             set_seed(self.args.seed + index)
-            output = super().train(resume_from_checkpoint=last_complete_checkpoint(folder), **kwargs)
+            output = super().train(
+                resume_from_checkpoint=last_complete_checkpoint(folder, self.args.world_size), **kwargs
+            )
         else:
             self.state.log_history, self.state.epoch = [], 0
         if stage.cut:
@@ -174,19 +195,20 @@ class RSSTTrainer(Trainer):
 
     def _select(self, stage: Stage, path) -> Masks:
         """Choose on the trained weights, before anything is rewound; rank 0 decides for all processes."""
-        self.accelerator.wait_for_everyone()
-        if not path.is_file():
+        chosen = [path.is_file() and load_masks(path)]
+        broadcast_object_list(chosen)
+        if not chosen[0]:
             config = dataclasses.replace(self.pruning, sparsity=self._cumulative_sparsity(stage))
             batches = self.calibration
             if batches is None:
                 batches = islice(self.get_train_dataloader(), self.args.calibration_batches)
             self._move_model_to_device(self.model, self.args.device)
-            masks = [select_channels(self.model, config, batches, self.run_state.dense_widths)]
-            broadcast_object_list(masks)
+            with self.accelerator.autocast():
+                chosen = [select_channels(self.model, config, batches, self.run_state.dense_widths)]
+            broadcast_object_list(chosen)
             if self.is_world_process_zero():
-                save_masks(masks[0], path)
-            self.accelerator.wait_for_everyone()
-        return load_masks(path)
+                save_masks(chosen[0], path)
+        return chosen[0]
 
     def _cumulative_sparsity(self, stage: Stage):
         def reached(sparsity):
@@ -210,6 +232,10 @@ class RSSTTrainer(Trainer):
         self._created_lr_scheduler = False
         self.model_wrapped = self.model
         self.accelerator.free_memory()
+        if (
+            self.accelerator.scaler is not None
+        ):  # its scale is the last stage's, and no checkpoint of this stage holds it
+            self.accelerator.scaler = torch.amp.GradScaler(self.args.device.type)
         # An evaluation before the training prepares the bare model; left marked so, it would not be wrapped in DDP.
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self.model.__dict__.pop("_is_accelerate_prepared", None)
@@ -223,13 +249,19 @@ class RSSTTrainer(Trainer):
             raise ValueError(
                 f"`compile_blocks`: {type(self.model).__name__} does not say which modules are its blocks."
             )
-        # Past torch's limit blocks silently run uncompiled; each may have widths of its own, in training and evaluating.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(blocks))
+        # Past torch's limit blocks silently run uncompiled; each may have its own widths, in training and evaluating.
+        limits = torch._dynamo.config
+        name = "recompile_limit" if hasattr(limits, "recompile_limit") else "cache_size_limit"  # before torch 2.7
+        setattr(limits, name, max(getattr(limits, name), 8 * len(blocks)))
         for block in blocks:
             block.compile(dynamic=False)
 
     def _set_model(self, folder) -> None:
         model = type(self.model).from_pretrained(folder)
+        given = dict(self.model.named_parameters())
+        for name, parameter in model.named_parameters():  # a file holds neither what is frozen nor flags
+            parameter.requires_grad_(given[name].requires_grad)
+            parameter.__dict__.update(given[name].__dict__)
         self._move_model_to_device(model, self.args.device)
         model.train(self.model.training)
         self.model = self.model_wrapped = model
@@ -274,20 +306,23 @@ class RSSTTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The task's loss, plus distillation and group lasso where the stage asks for them (training only)."""
+        labels = inputs.get("labels")  # label smoothing takes them out of the inputs
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
+            # Trainer divides by the accumulation steps unless the model's loss has been given the number of items.
+            whole = num_items_in_batch is not None and (self.model_accepts_loss_kwargs or self.compute_loss_func)
+            share = 1.0 / self.current_gradient_accumulation_steps if whole else 1.0
             if self.teacher is not None:
                 weight = self.args.distillation_weight
-                loss = (1.0 - weight) * loss + weight * self._distillation(inputs, outputs)
+                loss = (1.0 - weight) * loss + weight * share * self._distillation(inputs, labels, outputs)
             if self._decaying("group_lasso"):
                 penalty = group_lasso(self._leaving_groups, self._masks, self.args.penalty_scope)
-                loss = loss + self._lambda() * penalty
+                loss = loss + share * self._lambda() * penalty
         return (loss, outputs) if return_outputs else loss
 
-    def _distillation(self, inputs, outputs):
+    def _distillation(self, inputs, labels, outputs):
         """T^2 KL(teacher || student) on softened logits (Hinton et al. 2015, arXiv:1503.02531)."""
-        labels = inputs.get("labels")
-        with torch.no_grad():
+        with torch.no_grad(), self.accelerator.autocast():
             teacher = self.teacher(**{k: v for k, v in inputs.items() if k != "labels"}).logits
         student = outputs["logits"] if isinstance(outputs, dict) else outputs[1]
         t = self.args.distillation_temperature
@@ -318,20 +353,56 @@ class RSSTTrainer(Trainer):
         """Fix lambda_max for the stage: as given, or from the learning rates the stage will see."""
         if not (self._stage and self._stage.decay):
             return
-        if self.args.lambda_max is not None:
-            self._lambda_max = self.args.lambda_max
-        elif self.args.penalty == "group_lasso":
-            self._lambda_max = 0.1
-        else:
-            factor = self.lr_scheduler.lr_lambdas[0]
-            rates = [self.args.learning_rate * factor(t) for t in range(self.state.max_steps)]
-            self._lambda_max = strength_for(
-                self.args.residual, rates, lambda u: schedule_value(self.args.schedule, u, self.args.schedule_power)
+        self._lambda_max = self._strength(self.lr_scheduler, self.args.learning_rate, self.state.max_steps)
+
+    def _strength(self, scheduler, learning_rate: float, steps: int) -> float:
+        """lambda_max for a stage of so many steps. Raises ValueError for one that cannot do it, or would overshoot."""
+        args = self.args
+        if args.penalty == "group_lasso":
+            return 0.1 if args.lambda_max is None else args.lambda_max
+
+        def growth(u):
+            return schedule_value(args.schedule, u, args.schedule_power)
+
+        lambdas = getattr(scheduler, "lr_lambdas", None)
+        rates = [learning_rate * lambdas[0](t) for t in range(steps)] if lambdas else [learning_rate] * steps
+        if args.lambda_max is None:
+            try:
+                return strength_for(args.residual, rates, growth)
+            except ValueError as error:
+                raise ValueError(
+                    f"The rsst stage has {steps} steps at learning rates up to {max(rates):.3g}: {error} Give it a "
+                    "larger `rsst_epochs` or learning rate, or less warm-up."
+                ) from error
+        peak = max(rate * args.lambda_max * growth((t + 1) / steps) for t, rate in enumerate(rates))
+        if not peak < 1.0:
+            raise ValueError(f"lr * lambda would reach {peak:.3g}, it must stay below 1; lower `lambda_max`.")
+        return args.lambda_max
+
+    def _check_decay(self) -> None:
+        """Settings under which the penalty cannot work are an error now, not when its stage begins."""
+        if self.args.method != "rsst" or not hasattr(self.train_dataset, "__len__"):
+            return
+        args, stage = self.args, next(stage for stage in self.stages if stage.decay)
+        batches = len(self.train_dataset) / (args.train_batch_size * args.world_size)
+        batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+        steps = math.ceil(stage.epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=stage.learning_rate)
+        try:
+            scheduler = get_scheduler(
+                args.lr_scheduler_type,
+                optimizer,
+                num_warmup_steps=args.get_warmup_steps(steps),
+                num_training_steps=steps,
+                scheduler_specific_kwargs=args.lr_scheduler_kwargs,
             )
+        except TypeError as error:
+            raise ValueError(f"`lr_scheduler_kwargs` do not fit {args.lr_scheduler_type.value!r}: {error}") from error
+        self._strength(scheduler, stage.learning_rate, steps)
 
     def _decay_step(self) -> None:
         """After the optimizer's step: w <- w (1 - lr lambda) on the leaving channels."""
-        if self._decaying("growing_l2"):
+        if self._decaying("growing_l2") and not self.accelerator.optimizer_step_was_skipped:
             amount = self.optimizer.param_groups[0]["lr"] * self._lambda()
             if self.args.lambda_max is None:
                 amount = min(amount, MAX_DECAY)  # the bound under which the strength was solved for
@@ -371,7 +442,8 @@ class RSSTTrainer(Trainer):
 
     def get_decay_parameter_names(self, model) -> list[str]:
         """Trainer's, less what the model says weight decay must leave alone (A_log, D, biases, norms, tokens)."""
-        spared = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
+        spared = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+        spared |= {name for name, p in model.named_parameters() if getattr(p, "_no_weight_decay", False)}
         return [name for name in super().get_decay_parameter_names(model) if name not in spared]
 
     def _get_train_sampler(self, train_dataset=None):
@@ -384,8 +456,14 @@ class RSSTTrainer(Trainer):
         return self._train_sampler
 
     def get_eval_dataloader(self, eval_dataset=None):
-        with self._collate_with(self.eval_data_collator):
-            return super().get_eval_dataloader(eval_dataset)
+        """Trainer's, with its own collator, and never without the last batch."""
+        drop_last = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = False
+        try:
+            with self._collate_with(self.eval_data_collator):
+                return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop_last
 
     @contextlib.contextmanager
     def _collate_with(self, collator):
@@ -425,6 +503,22 @@ class _StageCallback(TrainerCallback):
         trainer = self.trainer
         if self._takes_rewind_point(args) and state.global_step == args.rewind_step:
             trainer._save_model_folder(trainer.run_folder.stage(0, trainer.stages[0]) / "rewind")
+
+
+def _check_prunable(model, args: RSSTConfig, pruning: PruningConfig) -> None:
+    """What would fail at the first cut, hours later, fails now: a target that is not there, a budget out of reach."""
+    one_width = not hasattr(model.config, "set_widths")
+    if one_width and (pruning.scope == "global" or pruning.allocation == "weights"):
+        raise ValueError(f"{type(model).__name__} holds one width for all layers; prune it with scope='layer'.")
+    select_channels(model, dataclasses.replace(pruning, importance="magnitude_l2"))
+    scored = [v.parameter for g in find_groups(model, pruning.targets) for v in g.scored_views()]
+    if args.method == "rsst" and args.penalty == "growing_l2":
+        for parameter in scored:
+            if parameter.dtype not in (torch.float32, torch.float64):
+                raise ValueError(
+                    f"growing_l2 on {parameter.dtype} weights would round its small steps away; load the model with "
+                    "dtype=torch.float32 (and train with bf16=True for bf16 arithmetic)."
+                )
 
 
 def _replace_folder(model, path) -> None:

@@ -49,6 +49,7 @@ def test_every_method_and_schedule_is_accepted(tmp_path, method, schedule):
         (dict(method="refill", rewind="step"), ["`rewind_step`"]),
         (dict(method="refill", rewind="step", rewind_step=5, num_train_epochs=0), ["`rewind_step`", "first stage"]),
         (dict(max_steps=10), ["`max_steps`"]),
+        (dict(save_only_model=True), ["`save_only_model`"]),
         (dict(lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="epoch"), ["`lambda_max`", "reduce_lr"]),
     ],
 )
@@ -87,6 +88,8 @@ def test_the_edges_of_the_ranges_are_allowed_without_a_word(tmp_path, arguments)
         (dict(method="rsst", lambda_max=1.0, residual=0.1), ["residual"]),
         (dict(method="rsst", penalty="group_lasso", residual=0.1), ["residual"]),
         (dict(method="refill", rsst_epochs=2, lambda_max=3.0), ["rsst_epochs", "lambda_max"]),
+        (dict(method="rsst", schedule="linear", schedule_power=2.0), ["schedule_power"]),
+        (dict(method="rsst", distillation_temperature=4.0), ["distillation_temperature"]),
         (dict(method="refill", rewind_step=3), ["rewind_step"]),
         (dict(method="dense", num_rounds=2, distillation_weight=0.5), ["num_rounds", "distillation_weight"]),
         (dict(method="dense", recovery_epochs=2), ["recovery_epochs"]),

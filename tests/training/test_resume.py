@@ -6,12 +6,13 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_runs import assert_same_state, make_model, make_trainer, write_recipe
-from transformers import TrainerState
+from transformers import TrainerCallback, TrainerState
 
 from mamba_rsst.training import rounds
 from mamba_rsst.training import trainer as trainer_module
@@ -124,6 +125,7 @@ def whole(tmp_path_factory):
 def resume(folder, expected, **arguments):
     """Go on, with other weights in memory than on disk, and compare all there is with the uninterrupted run."""
     trainer = trainer_of(folder, seed=99 if (folder / rounds.RunFolder.STATE).exists() else 0, **arguments)
+    steps = Steps(trainer)
     torch.manual_seed(12345)
     trainer.train(resume_from_checkpoint=trainer.run_folder.exists())
     assert_same_state(trainer.model.state_dict(), expected.model.state_dict())
@@ -139,6 +141,19 @@ def resume(folder, expected, **arguments):
     assert losses[0] == losses[1]
     assert trainer.run_state.metrics == expected.run_state.metrics
     assert (trainer.run_state.steps, trainer.run_state.epochs) == (expected.run_state.steps, expected.run_state.epochs)
+    return steps
+
+
+class Steps(TrainerCallback, Counter):
+    """Stage -> the optimizer steps taken in it."""
+
+    def __init__(self, trainer):
+        super().__init__()
+        self.trainer = trainer
+        trainer.add_callback(self)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self[self.trainer._stage.name] += 1
 
 
 class KillAt:
@@ -226,7 +241,9 @@ def test_within_a_stage(tmp_path, monkeypatch, whole, method, stage, step, save_
     assert trainer.run_state.done == stage and not (folder / "model").exists()
     last = (step - 1) // save_steps * save_steps
     assert rounds.last_complete_checkpoint(folder) == (str(folder / f"checkpoint-{last}") if last else None)
-    resume(tmp_path, whole[method], method=method, save_steps=save_steps)
+    taken = resume(tmp_path, whole[method], method=method, save_steps=save_steps)
+    assert taken[trainer.stages[stage].name] == (4 if method == "lasso" else 6) - last
+    assert not any(taken[earlier.name] for earlier in trainer.stages[:stage])
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
@@ -271,6 +288,25 @@ def half_saved(save_pretrained, count):
     return save
 
 
+def test_what_was_frozen_stays_frozen(tmp_path, monkeypatch):
+    """A file holds no `requires_grad`: the model that is given does."""
+
+    def frozen(folder):
+        trainer = trainer_of(folder)
+        trainer.model.backbone.embeddings.requires_grad_(False)
+        return trainer
+
+    finished, broken = frozen(tmp_path / "whole"), frozen(tmp_path / "broken")
+    before = finished.model.backbone.embeddings.cls_token.clone()
+    finished.train()
+    KillAt(monkeypatch, trainer_module, "shrink_", 1)
+    killed(broken, monkeypatch)
+    resumed = frozen(tmp_path / "broken")
+    resumed.train(resume_from_checkpoint=True)
+    assert torch.equal(finished.model.backbone.embeddings.cls_token, before)
+    assert_same_state(resumed.model.state_dict(), finished.model.state_dict())
+
+
 def test_resuming_twice_or_a_finished_run_changes_nothing(tmp_path, whole):
     shutil.copytree(whole["rsst"].run_folder.path, tmp_path / "copy")
-    resume(tmp_path / "copy", whole["rsst"])
+    assert not resume(tmp_path / "copy", whole["rsst"])

@@ -99,7 +99,7 @@ def test_the_state_comes_back_as_it_was(tmp_path):
     folder, state = RunFolder(tmp_path / "run"), RunState(**STATE, steps=3, epochs=1.0, dense_widths={"a:d_inner": 7})
     assert not folder.exists()
     folder.write(state)
-    assert folder.exists() and folder.read(plan(tmp_path, method="dense")) == state
+    assert folder.exists() and folder.read(plan(tmp_path, method="dense"), {}) == state
     assert [file.name for file in folder.path.iterdir()] == [RunFolder.STATE]  # nothing left beside it
 
 
@@ -109,13 +109,29 @@ def test_a_state_that_is_half_written_is_never_seen(tmp_path, monkeypatch):
     monkeypatch.setattr(json, "dumps", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         folder.write(RunState(["train"], done=0))
-    assert folder.read(plan(tmp_path, method="dense")).done == 1
+    assert folder.read(plan(tmp_path, method="dense"), {}).done == 1
 
 
 def test_a_run_with_other_stages_is_refused(tmp_path):
     RunFolder(tmp_path).write(RunState(["train", "prune-1", "recover-1"]))
     with pytest.raises(ValueError, match=r"'train', 'prune-1', 'recover-1'\], not \['train', 'rsst-1', 'recover-1'"):
-        RunFolder(tmp_path).read(plan(tmp_path, method="rsst"))
+        RunFolder(tmp_path).read(plan(tmp_path, method="rsst"), {})
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"lambda_max": 2.0}, "lambda_max=1.0, not 2.0"),
+        ({}, "lambda_max=1.0, not None"),
+        ({"lambda_max": 1.0, "seed": 1}, "seed=None, not 1"),
+    ],
+)
+def test_a_run_with_other_settings_is_refused(tmp_path, settings, message):
+    RunFolder(tmp_path).write(RunState(["train"], settings={"lambda_max": 1.0}))
+    stages = plan(tmp_path, method="dense")
+    assert RunFolder(tmp_path).read(stages, {"lambda_max": 1.0}).settings == {"lambda_max": 1.0}
+    with pytest.raises(ValueError, match=f"was started with {message}"):
+        RunFolder(tmp_path).read(stages, settings)
 
 
 def test_where_a_stage_starts_and_what_it_rewinds_to(tmp_path):
@@ -139,16 +155,31 @@ def test_masks_come_back_as_they_were(tmp_path):
         assert loaded[name].dtype == torch.bool and torch.equal(loaded[name], mask)
 
 
+def checkpoint(folder, step, state="{}", random_numbers=("rng_state.pth",)):
+    path = folder / f"checkpoint-{step}"
+    path.mkdir()
+    for name in random_numbers:
+        (path / name).touch()
+    if state is not None:
+        (path / "trainer_state.json").write_text(state)
+    return str(path)
+
+
 def test_the_newest_whole_checkpoint_counts(tmp_path):
     assert last_complete_checkpoint(tmp_path / "absent") is None
-    for step in (2, 10, 9):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
-    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")  # by number, not by spelling
-    (tmp_path / "checkpoint-11").mkdir()  # killed before its state was written
-    (tmp_path / "checkpoint-12").mkdir()
-    (tmp_path / "checkpoint-12" / "trainer_state.json").write_text('{"global_st')  # or while it was
-    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    checkpoints = {step: checkpoint(tmp_path, step) for step in (2, 10, 9)}
+    assert last_complete_checkpoint(tmp_path) == checkpoints[10]  # by number, not by spelling
+    checkpoint(tmp_path, 11, state=None)  # killed before its state was written
+    checkpoint(tmp_path, 12, state='{"global_st')  # or while it was
+    checkpoint(tmp_path, 13, random_numbers=())
+    assert last_complete_checkpoint(tmp_path) == checkpoints[10]
     (tmp_path / "model").mkdir()
     remove_checkpoints(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_checkpoint_of_several_processes_is_whole_when_all_have_written(tmp_path):
+    whole = checkpoint(tmp_path, 1, random_numbers=("rng_state_0.pth", "rng_state_1.pth"))
+    checkpoint(tmp_path, 2, random_numbers=("rng_state_0.pth",))
+    assert last_complete_checkpoint(tmp_path, 2) == whole
+    assert last_complete_checkpoint(tmp_path) is None  # the random numbers of one process are not those of two

@@ -20,6 +20,7 @@ from tiny_runs import (
 from transformers import TrainerCallback, TrainingArguments
 
 from mamba_rsst import MambaForImageClassification, PruningConfig, RSSTTrainer, select_channels
+from mamba_rsst.training.augmentation import AugmentationConfig, BatchAugmentation
 
 
 class NoGradient(RSSTTrainer):
@@ -84,7 +85,8 @@ def test_growing_l2_shrinks_the_leaving_weights_by_the_product_and_nothing_else(
     """w <- w (1 - lr_t lambda(u_t)) over the steps of the WHOLE stage, u_t = (t + 1) / steps."""
     rate, strength, steps, power = 0.01, 40.0, 2 * STEPS, 2.5
     arguments = dict(num_train_epochs=0, rsst_epochs=2, recovery_epochs=0, learning_rate=0.5, rsst_learning_rate=rate)
-    arguments |= dict(lr_scheduler_type=decline, schedule=schedule, schedule_power=power, lambda_max=strength)
+    arguments |= dict(lr_scheduler_type=decline, schedule=schedule, lambda_max=strength)
+    arguments |= dict(schedule_power=power) if schedule == "exp_power" else {}
     _, spy = run(tmp_path, cls=NoGradient, **arguments)
     product = 1.0
     for t in range(steps):
@@ -98,9 +100,10 @@ def test_growing_l2_shrinks_the_leaving_weights_by_the_product_and_nothing_else(
     assert moved == {name for name, _, _ in channels(masks)}
 
 
-@pytest.mark.parametrize("residual", [1e-3, 0.2])
-def test_growing_l2_of_itself_shrinks_to_the_residual(tmp_path, residual):
-    arguments = dict(num_train_epochs=0, rsst_epochs=2, recovery_epochs=0, residual=residual, warmup_steps=2)
+@pytest.mark.parametrize("residual, epochs", [(1e-3, 2), (0.2, 2), (1e-3, 1)])
+def test_growing_l2_of_itself_shrinks_to_the_residual(tmp_path, residual, epochs):
+    """In three steps too, where no step may take more than 99%."""
+    arguments = dict(num_train_epochs=0, rsst_epochs=epochs, recovery_epochs=0, residual=residual, warmup_steps=1)
     _, spy = run(tmp_path, cls=NoGradient, lr_scheduler_type="cosine", **arguments)
     start, masks = load_stage(tmp_path, "start").state_dict(), load_masks_of(tmp_path, "rsst-1")
     assert_same_state(spy.ends["rsst-1"], scale_leaving(start, masks, residual), rtol=1e-4, atol=0)
@@ -163,7 +166,7 @@ def test_group_lasso_pushes_the_leaving_channels_down(tmp_path):
 
 
 def test_a_strength_that_would_turn_weights_around_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="lr \\* lambda must be in .0, 1.*lower lambda_max"):
+    with pytest.raises(ValueError, match="lr \\* lambda would reach 2, .* lower `lambda_max`"):
         run(tmp_path, num_train_epochs=0, rsst_epochs=1, lambda_max=200.0, schedule="constant")
 
 
@@ -405,6 +408,42 @@ def test_the_best_checkpoint_of_a_decaying_stage_is_not_brought_back(tmp_path):
     assert trainer.args.load_best_model_at_end is True
 
 
+def test_every_epoch_of_every_stage_has_its_own_order_and_its_own_augmentation(tmp_path):
+    trainer = make_trainer(tmp_path, num_train_epochs=2, augmentation=BatchAugmentation(AugmentationConfig()))
+    collate, seen = trainer.data_collator, {}
+
+    class Watched:
+        seed = property(lambda self: collate.seed, lambda self, value: setattr(collate, "seed", value))
+
+        def __call__(self, indices):
+            if trainer.is_in_train:
+                key = trainer._stage.name, collate.dataset.epoch, collate.seed
+                seen[key] = seen.get(key, []) + list(indices)
+            return collate(indices)
+
+    trainer.data_collator = Watched()
+    trainer.train()
+    assert [key[:2] for key in seen] == [(stage.name, epoch) for stage in trainer.stages for epoch in (0, 1)]
+    assert all(sorted(order) == list(range(96)) for order in seen.values())
+    assert len({tuple(order) for order in seen.values()}) == len({key[1:] for key in seen}) == 6
+
+
+def test_mixed_precision_holds_in_every_stage(tmp_path):
+    found = {}
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            def look(module, inputs, output):
+                found.setdefault(trainer._stage.name, set()).add(output.dtype)
+
+            model.backbone.layers[0].mixer.in_proj.register_forward_hook(look)
+
+    trainer = make_trainer(tmp_path, bf16=True, callbacks=[Watch()])
+    trainer.train()
+    assert found == dict.fromkeys(("train", "rsst-1", "recover-1"), {torch.bfloat16})
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+
+
 # ---- weight decay ----
 SPARED = r"(A_log|A_b_log|\.D|\.D_b|bias|norm\d?\.weight|norm_f\.weight|cls_token|position_embeddings)$"
 
@@ -444,6 +483,12 @@ def test_a_target_that_the_model_lacks(tmp_path):
         make_trainer(tmp_path, model=make_model(intermediate_size=0))
 
 
+def test_weights_too_coarse_for_a_small_decay_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="growing_l2 on torch.bfloat16 weights would round its small steps away"):
+        make_trainer(tmp_path, model=make_model().to(torch.bfloat16))
+    make_trainer(tmp_path, model=make_model().to(torch.bfloat16), method="refill")
+
+
 def test_other_arguments_models_and_optimizers_are_refused(tmp_path):
     with pytest.raises(ValueError, match="`args` must be an RSSTConfig, got TrainingArguments"):
         RSSTTrainer(model=make_model(), args=TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
@@ -466,6 +511,10 @@ def test_a_folder_that_holds_a_run_is_left_alone(tmp_path):
         run(tmp_path, method="dense")
     with pytest.raises(ValueError, match="holds a run with the stages .'train'., not"):
         make_trainer(tmp_path).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="was started with learning_rate=0.01, not 0.02"):
+        make_trainer(tmp_path, method="dense", learning_rate=0.02).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="`resume_from_checkpoint` is True or False here, got 'checkpoint-3'"):
+        make_trainer(tmp_path, method="dense").train(resume_from_checkpoint="checkpoint-3")
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
     with pytest.raises(ValueError, match="holds no run to resume"):
         make_trainer(tmp_path / "empty").train(resume_from_checkpoint=True)
