@@ -77,14 +77,11 @@ def _claim(folder: Path, recipe: Recipe, resume: bool) -> None:
     if resume:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    beside = folder / f".{RECIPE_FILE}.{os.getpid()}"
-    beside.write_text(recipe.to_yaml())
     try:
-        os.link(beside, folder / RECIPE_FILE)  # unlike a rename it fails where the name is taken
+        with open(folder / RECIPE_FILE, "x", encoding="utf-8") as file:
+            file.write(recipe.to_yaml())
     except FileExistsError:
         raise ValueError(f"{str(folder)!r} has just been taken by another run.") from None
-    finally:
-        beside.unlink()
 
 
 def _model_config(recipe: Recipe) -> MambaRsstVisionConfig:

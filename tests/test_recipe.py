@@ -207,7 +207,7 @@ def test_a_key_like_no_other_gets_the_choices():
         (dict(pruning=dict(sparsity={"d_inner": 0.5})), "pruning: `sparsity` names .*d_inner.* but `targets`"),
         (dict(training=dict(method="rst")), "training: `method` must be one of .*'rst'"),
         (dict(training=dict(max_steps=3)), "training: `max_steps`"),
-        (dict(training=dict(learning_rate=-1.0)), "training: `learning_rate` must be >= 0, got -1.0"),
+        (dict(training=dict(learning_rate=-1.0)), "training: `learning_rate` must be >= 0.*got -1.0"),
     ],
 )
 def test_a_recipe_that_cannot_be_run(sections, message):

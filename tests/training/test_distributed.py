@@ -1,12 +1,13 @@
 """Two processes on the CPU give what one process gives with twice the batch."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from accelerate import debug_launcher
 from safetensors.torch import load_file
 from tiny_runs import STEPS, assert_same_state, load_masks_of, make_trainer, write_recipe
 
@@ -19,6 +20,10 @@ from mamba_rsst.training.augmentation import AugmentationConfig, BatchAugmentati
 CLOSE = dict(rtol=0, atol=5e-5)
 
 
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+LAUNCH += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+
+
 def test_accelerate_launch_gives_the_result_of_one_process(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     recipe = write_recipe(
@@ -27,8 +32,7 @@ def test_accelerate_launch_gives_the_result_of_one_process(tmp_path):
         augmentation=dict(crop_padding=1, mixup=0.5, cutmix=0.5, randaugment_ops=1),
         pruning=dict(importance="taylor"),
     )
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launch = list(LAUNCH)
     launch += ["-m", "mamba_rsst", "train", str(recipe), f"training.output_dir={two}"]
     launch += ["training.per_device_train_batch_size=16"]
     process = subprocess.Popen(launch, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -81,15 +85,27 @@ def train(folder, batch, kill=False, method="refill"):
     torch.save(trainer.model.state_dict(), f"{folder}-{trainer.args.world_size}-{rank}.pt")
 
 
+def train_in_two_processes(folder, kill, method):
+    """`train` under a launcher of its own: processes forked from this one would hang once it has used its threads."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    arguments = [__file__, str(folder), "16", kill, method]
+    process = subprocess.run(LAUNCH + arguments, capture_output=True, text=True, env=environment, timeout=300)
+    assert process.returncode == 0, process.stderr[-3000:]
+
+
 @pytest.mark.parametrize("method", ["rsst", "refill"])
 def test_rounds_and_resuming_in_two_processes(tmp_path, method):
     """Every process ends with the same weights: one that trained on by itself after a cut would not."""
     train(tmp_path / "one", 32, method=method)
-    debug_launcher(train, (tmp_path / "two", 16, False, method), num_processes=2)
-    debug_launcher(train, (tmp_path / "killed", 16, True, method), num_processes=2)
+    train_in_two_processes(tmp_path / "two", "", method)
+    train_in_two_processes(tmp_path / "killed", "kill", method)
     one = torch.load(tmp_path / "one-1-0.pt")
     both = [torch.load(tmp_path / f"two-2-{rank}.pt") for rank in (0, 1)]
     killed = [torch.load(tmp_path / f"killed-2-{rank}.pt") for rank in (0, 1)]
     assert_same_state(both[0], one, **CLOSE)
     for other in (both[1], *killed):
         assert_same_state(other, both[0])
+
+
+if __name__ == "__main__":
+    train(Path(sys.argv[1]), int(sys.argv[2]), kill=bool(sys.argv[3]), method=sys.argv[4])
