@@ -20,6 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from .pruning.importance import evaluation_mode
+
 
 RUN_SECONDS = (
     0.05  # a timed run repeats the forward until it lasts this long, so that the clock's grain does not matter
@@ -195,7 +197,7 @@ def evaluate_images(
 
     correct = torch.zeros((), dtype=torch.long, device=device)  # summed on the device: one synchronisation, at the end
     loss = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-    with _evaluation_mode(model):
+    with evaluation_mode(model):
         for start in starts:
             pixels = images[start : start + batch_size].to(device, non_blocking=True)
             target = labels[start : start + batch_size].to(device, torch.long, non_blocking=True)
@@ -245,18 +247,6 @@ def _batch_size(inputs: dict) -> int:
 
 
 @contextmanager
-def _evaluation_mode(model):
-    """Put the model in evaluation mode, and afterwards each module back in the mode it had."""
-    before = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
-
-
-@contextmanager
 def _inference(model, inputs, autocast_dtype=None):
     """Yield `forward()`: one inference pass of `inputs`, placed where the model is."""
     _batch_size(inputs)
@@ -272,7 +262,7 @@ def _inference(model, inputs, autocast_dtype=None):
         with torch.inference_mode(), torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
             return model(**placed)
 
-    with _evaluation_mode(model):
+    with evaluation_mode(model):
         yield forward
 
 

@@ -96,7 +96,7 @@ def taylor(groups, calibration) -> Scores:
         raise ValueError(
             f"Importance 'taylor' needs gradients, but {len(frozen)} of the pruned parameters are frozen."
         )
-    with _eval_mode(model):
+    with evaluation_mode(model):
         for batch in calibration:
             loss = getattr(model(**batch), "loss", None)
             if loss is None:
@@ -132,7 +132,7 @@ def activation(groups, calibration) -> Scores:
         for group in groups:
             for module, side, start in group.taps():
                 watch(group, module, side, start)
-        with _eval_mode(calibration.model), torch.no_grad():
+        with evaluation_mode(calibration.model), torch.no_grad():
             for batch in calibration:
                 calibration.model(**batch)
     finally:
@@ -144,7 +144,7 @@ def activation(groups, calibration) -> Scores:
 
 
 @contextmanager
-def _eval_mode(model):
+def evaluation_mode(model):
     """Evaluation mode; afterwards each module is back in its own, which need not be the model's."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
