@@ -174,7 +174,7 @@ def _register(name, backend):
         G, Z, L, E = u.shape
         N = A.shape[-1]
         dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
-        shape = backend.states_shape(G, Z, L, E, N) if save else (0,)
+        shape = backend.states_shape(G, Z, L, E, N, u.device) if save else (0,)
         return (
             u.new_empty((G, Z, L, E)),
             u.new_empty((G, Z, E, N), dtype=dtype),

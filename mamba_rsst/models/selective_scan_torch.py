@@ -2,9 +2,9 @@
 
 Why it is fast. The state is laid out (…, N, E), so every inner loop runs contiguously over channels. Time is the
 outermost axis of the work buffers, so a step of the recurrence is one `addcmul` on a contiguous slice. Work goes in
-tiles of batch rows and chunks of `CHUNK` steps whose buffers stay in the cache. The read-out C h and the gradients of
-B, C and delta are batched matrix products. The forward keeps one state a chunk, L / CHUNK of them, and the backward
-recomputes the rest chunk by chunk, so no (B, L, E, N) tensor ever exists.
+tiles of batch rows and chunks of steps whose buffers stay in the cache. The read-out C h and the gradients of B, C and
+delta are batched matrix products. The forward keeps one state a chunk, and the backward recomputes the rest chunk by
+chunk, so no (B, L, E, N) tensor ever exists.
 """
 
 # Legend: G directions, B batch (Z = rows of one tile), L length, E d_inner, N d_state, n steps of one chunk
@@ -14,16 +14,19 @@ import torch
 import torch.nn.functional as F
 
 
-CHUNK = 32
-# Elements of one step's state in a tile. CPU: the buffers of a chunk stay near the cores, and a step is
-# still long enough to be shared out over threads. Elsewhere: long enough to hide the launch of a kernel.
-_STEP_ELEMENTS = {"cpu": 1 << 16}
+# Elements of one step's state in a tile, and of a chunk of steps, at most. CPU: a chunk's buffers stay near the cores,
+# and a step is long enough to be shared out over threads. Elsewhere: long enough to hide the launch of a kernel.
+_STEP_ELEMENTS = {"cpu": 1 << 17}
 _STEP_ELEMENTS_DEFAULT = 1 << 22
+_CHUNK_ELEMENTS = {"cpu": 1 << 20}
+_CHUNK_ELEMENTS_DEFAULT = 1 << 27
+# Steps of a chunk. Fewer keep more states for the backward, more make larger buffers.
+_LEAST_STEPS, _MOST_STEPS = 8, 128
 
 
-def states_shape(G, B, L, E, N):
+def states_shape(G, B, L, E, N, device):
     """Shape of the saved chunk states."""
-    return (G, (L + CHUNK - 1) // CHUNK, B, N, E)
+    return (G, _ceil_div(L, _chunk_steps(G, B, L, E, N, device)), B, N, E)
 
 
 def scan_forward(u, delta, A, B, C, D, delta_bias, initial_state, delta_softplus, reverse, save):
@@ -33,14 +36,15 @@ def scan_forward(u, delta, A, B, C, D, delta_bias, initial_state, delta_softplus
     N = A.shape[-1]
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     last = torch.empty((G, Z, E, N), dtype=dtype, device=u.device)
-    states = torch.empty(states_shape(G, Z, L, E, N) if save else (0,), dtype=dtype, device=u.device)
+    states = torch.empty(states_shape(G, Z, L, E, N, u.device) if save else (0,), dtype=dtype, device=u.device)
+    steps = _chunk_steps(G, Z, L, E, N, u.device)
     with torch.no_grad(), torch.autocast(u.device.type, enabled=False):
         for tile in _tiles(G, Z, E, N, reverse, u.device):
             decay_rate = tile.by_direction(A, dtype).mul(_log_base(u.device)).transpose(1, 2).contiguous()[:, None]
             skip, bias = (None if x is None else tile.by_direction(x, dtype)[:, None] for x in (D, delta_bias))
-            buffers = torch.empty((2, min(CHUNK, L), tile.G, tile.Z, N, E), dtype=dtype, device=u.device)
+            buffers = torch.empty((2, steps, tile.G, tile.Z, N, E), dtype=dtype, device=u.device)
             h = tile.start(initial_state, dtype, (N, E), u.device)
-            for k, (s, e) in enumerate(_chunks(L)):
+            for k, (s, e) in enumerate(_chunks(L, steps)):
                 n = e - s
                 if save:
                     tile.states(states, k).copy_(h)
@@ -65,6 +69,7 @@ def scan_backward(dy, dlast_state, u, delta, A, B, C, D, delta_bias, initial_sta
     N = A.shape[-1]
     du, ddelta, dB, dC = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (u, delta, B, C))
     dA = torch.zeros((G, N, E), dtype=dtype, device=device)
+    size = _chunk_steps(G, Z, L, E, N, device)
     dD, dbias = (None if x is None else torch.zeros((G, E), dtype=dtype, device=device) for x in (D, delta_bias))
     dstart = None if initial_state is None else torch.empty_like(initial_state, memory_format=torch.contiguous_format)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
@@ -72,12 +77,11 @@ def scan_backward(dy, dlast_state, u, delta, A, B, C, D, delta_bias, initial_sta
             At = tile.by_direction(A, dtype).transpose(1, 2).contiguous()[:, None]
             decay_rate = At * _log_base(device)
             skip, bias = (None if x is None else tile.by_direction(x, dtype)[:, None] for x in (D, delta_bias))
-            size = min(CHUNK, L)
-            decays, grads, products = torch.empty((3, size, tile.G, tile.Z, N, E), dtype=dtype, device=device)
+            decays, grads = torch.empty((2, size, tile.G, tile.Z, N, E), dtype=dtype, device=device)
             history = torch.empty((size + 1, tile.G, tile.Z, N, E), dtype=dtype, device=device)
             dA_tile = torch.zeros((tile.G, tile.Z, N, E), dtype=dtype, device=device)
             carry = tile.start(dlast_state, dtype, (N, E), device)
-            for k, (s, e) in reversed(list(enumerate(_chunks(L)))):
+            for k, (s, e) in reversed(list(enumerate(_chunks(L, size)))):
                 n = e - s
                 x, b, c, g = (tile.load(v, s, e, dtype) for v in (u, B, C, dy))
                 raw = tile.load(delta, s, e, dtype)
@@ -101,10 +105,9 @@ def scan_backward(dy, dlast_state, u, delta, A, B, C, D, delta_bias, initial_sta
                 dh.mul_(decay)
                 carry.copy_(dh[0])
                 dh.mul_(before)  # d loss / d (delta A) for every step, state and channel
-                ddt = torch.mul(dh, At, out=products[:n]).sum(dim=-2)
                 for t in range(n):
                     dA_tile.addcmul_(steps[t], dt[t][:, :, None])
-                ddt.addcmul_(ddtx, x)
+                ddt = dh.mul_(At).sum(dim=-2).addcmul_(ddtx, x)
                 if delta_softplus:
                     ddt.mul_(torch.sigmoid(raw if bias is None else raw + bias))
                 if bias is not None:
@@ -138,7 +141,11 @@ class _Tile:
         return x[g, self.rows, L - e : L - s] if backwards else x[g, self.rows, s:e], backwards
 
     def load(self, x, s, e, dtype):
-        """(G,B,L,·) -> contiguous (n,G,Z,·)."""
+        """(G,B,L,·) -> contiguous (n,G,Z,·), not to be written to."""
+        if self.G == self.Z == 1 and x.dtype == dtype:  # one sequence is time-major as it lies
+            view, backwards = self._window(x, 0, s, e)
+            if not backwards:
+                return view.transpose(0, 1)[:, None].contiguous()
         out = torch.empty((e - s, self.G, self.Z, x.shape[-1]), dtype=dtype, device=x.device)
         for i in range(self.G):
             view, backwards = self._window(x, i, s, e)
@@ -174,18 +181,37 @@ class _Tile:
 
 def _tiles(G, Z, E, N, reverse, device):
     """All directions and rows at once where they are small, else one direction and a few rows at a time."""
-    limit = _STEP_ELEMENTS.get(device.type, _STEP_ELEMENTS_DEFAULT)
-    if limit >= G * Z * E * N:
+    rows = _tile_rows(G, Z, E, N, device)
+    if rows == G * Z:
         yield _Tile(slice(0, G), slice(0, Z), reverse)
         return
-    rows = math.ceil(Z / math.ceil(Z * E * N / limit))
     for g in range(G):
         for z in range(0, Z, rows):
             yield _Tile(slice(g, g + 1), slice(z, min(Z, z + rows)), reverse)
 
 
-def _chunks(L):
-    return [(s, min(L, s + CHUNK)) for s in range(0, L, CHUNK)]
+def _tile_rows(G, Z, E, N, device):
+    """Sequences of a tile: those of all directions, or some of one."""
+    limit = _STEP_ELEMENTS.get(device.type, _STEP_ELEMENTS_DEFAULT)
+    if limit >= G * Z * E * N:
+        return G * Z
+    tiles = _ceil_div(Z * E * N, limit)
+    return _ceil_div(Z, tiles)
+
+
+def _chunk_steps(G, Z, L, E, N, device):
+    """Steps of a chunk: as many as keep its buffers in the cache, alike in all chunks."""
+    limit = _CHUNK_ELEMENTS.get(device.type, _CHUNK_ELEMENTS_DEFAULT)
+    most = min(_MOST_STEPS, max(_LEAST_STEPS, limit // (_tile_rows(G, Z, E, N, device) * E * N)))
+    return _ceil_div(L, _ceil_div(L, most))
+
+
+def _chunks(L, steps):
+    return [(s, min(L, s + steps)) for s in range(0, L, steps)]
+
+
+def _ceil_div(a, b):
+    return (a + b - 1) // b  # not math.ceil: sizes may be symbols under torch.compile
 
 
 def _recur_(state, decay, h):

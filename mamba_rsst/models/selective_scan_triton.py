@@ -508,7 +508,7 @@ def _sum_parts_kernel(dBC, dB, dC, parts, size, BLOCK: tl.constexpr):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def states_shape(G, B, L, E, N):
+def states_shape(G, B, L, E, N, device=None):
     """Shape of the saved states, fp32: the one before each chunk, in tiles."""
     return (G, B, _cdiv(L, CHUNK), _padded(N) // QUAD, E, QUAD)
 

@@ -135,7 +135,8 @@ def test_tiles(monkeypatch, limit, tiles, reverse):
 
 @pytest.mark.parametrize("chunk", [1, 3, 8])
 def test_chunk_borders(monkeypatch, chunk):
-    monkeypatch.setattr(backend, "CHUNK", chunk)
+    monkeypatch.setattr(backend, "_LEAST_STEPS", chunk)
+    monkeypatch.setattr(backend, "_MOST_STEPS", chunk)
     for length in (1, chunk, chunk + 1, 2 * chunk, 2 * chunk + 1):
         compare(make_inputs(length=length, directions=2), 1e-10, reverse=(False, True), implementation="torch")
 
@@ -334,7 +335,7 @@ class Largest(TorchDispatchMode):
 
 def test_memory_is_linear_in_the_states_of_a_chunk():
     """Neither what the forward saves nor anything that either pass makes is as large as (B, L, E, N)."""
-    B, L, E, N = 2, 512, 16, 16
+    B, L, E, N = 2, 2048, 16, 16
     inputs = make_inputs(B, L, E, N, dtype=torch.float32)
     saved = {}
 
@@ -361,7 +362,21 @@ def test_nothing_is_saved_without_gradients():
     arrays = [x.detach().unsqueeze(0) for x in make_inputs().values()]
     op = torch.ops.mamba_rsst.selective_scan_torch
     assert op(*arrays, True, 0, False)[2].numel() == 0
-    assert op(*arrays, True, 0, True)[2].shape == backend.states_shape(1, 2, 17, 11, 7)
+    assert op(*arrays, True, 0, True)[2].shape == backend.states_shape(1, 2, 17, 11, 7, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("sizes, steps", [((1, 1, 1024, 1536, 16), 41), ((2, 1, 65, 384, 16), 65), ((1, 32, 65, 384, 16), 10)])
+def test_chunks_are_as_long_as_the_cache_allows_and_alike(sizes, steps):
+    cpu = torch.device("cpu")
+    assert backend._chunk_steps(*sizes, cpu) == steps
+    assert backend.states_shape(*sizes, cpu)[1] == -(-sizes[2] // steps)
+
+
+def test_one_sequence_is_read_where_it_lies():
+    x = torch.randn(1, 1, 9, 5)
+    tile = next(backend._tiles(1, 1, 5, 3, 0, x.device))
+    assert tile.load(x, 2, 6, x.dtype).data_ptr() == x[0, 0, 2].data_ptr()
+    torch.testing.assert_close(tile.load(x, 2, 6, x.dtype)[:, 0, 0], x[0, 0, 2:6])
 
 
 def test_states_are_saved_for_a_backward_pass_alone(monkeypatch):
