@@ -365,7 +365,9 @@ def test_nothing_is_saved_without_gradients():
     assert op(*arrays, True, 0, True)[2].shape == backend.states_shape(1, 2, 17, 11, 7, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("sizes, steps", [((1, 1, 1024, 1536, 16), 41), ((2, 1, 65, 384, 16), 65), ((1, 32, 65, 384, 16), 10)])
+@pytest.mark.parametrize(
+    "sizes, steps", [((1, 1, 1024, 1536, 16), 41), ((2, 1, 65, 384, 16), 65), ((1, 32, 65, 384, 16), 10)]
+)
 def test_chunks_are_as_long_as_the_cache_allows_and_alike(sizes, steps):
     cpu = torch.device("cpu")
     assert backend._chunk_steps(*sizes, cpu) == steps
