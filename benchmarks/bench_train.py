@@ -1,9 +1,12 @@
-"""What RSST costs a training step: the same optimizer step with and without the penalty, in one run.
+"""What a training step costs: by the way it is run, and what RSST's penalties add to it. Two tables, one run.
 
-    python benchmarks/bench_train.py [--preset mamba_tiny] [--batch 32] [--steps 8]
+    python benchmarks/bench_train.py [--preset mamba_small] [--no-mlp] [--batch 512] [--steps 20]
 
-Steps with and without the penalty alternate, so that the machine's drift hits both alike; medians are compared. The
-penalty's own time is measured apart too, since it can be smaller than the noise of a whole step.
+1. Images a second of a whole step (forward, backward, clipping, AdamW): with the sequential scan of the reference, the
+   pure torch scan, and on a GPU the Triton scan; eager, with compiled blocks, and recorded as a CUDA graph. On a GPU
+   in bf16 autocast, on the CPU in fp32.
+2. The same step with and without the penalty. Steps alternate, so that the machine's drift hits all alike; the penalty
+   is measured apart too, since it can be smaller than the noise of a whole step.
 """
 
 import argparse
@@ -14,42 +17,113 @@ import torch
 
 from mamba_rsst import MambaForImageClassification, MambaRsstVisionConfig, PruningConfig, find_groups, select_channels
 from mamba_rsst.pruning.penalty import decay_, group_lasso
+from mamba_rsst.training.acceleration import GraphedStep, compile_blocks
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", default="mamba_tiny")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--preset", default="mamba_small" if cuda else "mamba_tiny")
+    parser.add_argument("--no-mlp", action="store_true", help="blocks without MLP, as Vim's")
+    parser.add_argument("--batch", type=int, default=512 if cuda else 32)
+    parser.add_argument("--steps", type=int, default=20 if cuda else 5)
+    parser.add_argument("--no-reference", action="store_true", help="leave out the sequential scan, which is slow")
     args = parser.parse_args()
-    torch.manual_seed(0)
     device = torch.device(args.device)
-    model = MambaForImageClassification(MambaRsstVisionConfig.preset(args.preset, num_labels=10)).to(device).train()
-    pruning = PruningConfig(targets=["d_inner", "intermediate_size"], sparsity=0.7)
-    masks, groups = select_channels(model, pruning), find_groups(model, pruning.targets)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    images = torch.randn(args.batch, 3, 32, 32, device=device)
-    labels = torch.randint(0, 10, (args.batch,), device=device)
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    dtype = "bf16 autocast" if device.type == "cuda" else "fp32"
+    mlp = ", no MLP" if args.no_mlp else ""
+    print(f"{args.preset}{mlp}, batch {args.batch}, {dtype}, {where}, torch {torch.__version__}\n")
+    ways_of_running(args, device)
+    print()
+    cost_of_penalties(args, device)
 
-    def synchronise():
+
+def make_step(args, device, scan):
+    """(model, forward_backward(inputs) -> loss, update(), inputs)."""
+    torch.manual_seed(0)
+    overrides = {"intermediate_size": 0} if args.no_mlp else {}
+    config = MambaRsstVisionConfig.preset(args.preset, num_labels=10, scan_implementation=scan, **overrides)
+    model = MambaForImageClassification(config).to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda")
+    inputs = {
+        "pixel_values": torch.randn(args.batch, 3, 32, 32, device=device),
+        "labels": torch.randint(0, 10, (args.batch,), device=device),
+    }
+
+    def forward_backward(inputs, extra=None):
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = model(**inputs).loss
+        if extra is not None:
+            loss = loss + extra()
+        loss.backward()
+        return loss.detach()
+
+    def update():
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return model, forward_backward, update, inputs
+
+
+def ways_of_running(args, device):
+    ways = [] if args.no_reference else [("reference", "eager")]
+    if device.type == "cuda":
+        ways += [("torch", "eager"), ("triton", "eager"), ("triton", "compiled"), ("triton", "compiled + graph")]
+    else:
+        ways += [("torch", "eager")]
+    print(f"{'scan':<10} {'step':<17} {'ms':>9} {'images/s':>10} {'x first':>8} {'peak MiB':>9} {'first steps s':>14}")
+    first = None
+    for scan, way in ways:
         if device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        model, forward_backward, update, inputs = make_step(args, device, scan)
+        if "compiled" in way:
+            compile_blocks(model)
+        step = GraphedStep(forward_backward, list(model.parameters())) if "graph" in way else forward_backward
+        start = time.perf_counter()
+        warmup, steps = (1, 3) if scan == "reference" else (4, args.steps)
+        for _ in range(warmup):
+            step(inputs)
+            update()
+        synchronise(device)
+        ready = time.perf_counter() - start
+        start = time.perf_counter()
+        for _ in range(steps):
+            step(inputs)
+            update()
+        synchronise(device)
+        seconds = (time.perf_counter() - start) / steps
+        first = first or seconds
+        memory = f"{torch.cuda.max_memory_allocated() / 2**20:,.0f}" if device.type == "cuda" else "n/a"
+        print(
+            f"{scan:<10} {way:<17} {1e3 * seconds:9.1f} {args.batch / seconds:10,.0f} {first / seconds:7.1f}x "
+            f"{memory:>9} {ready:14.1f}",
+            flush=True,
+        )
+        del model, forward_backward, update, step
+        torch._dynamo.reset()
+
+
+def cost_of_penalties(args, device):
+    model, forward_backward, update, inputs = make_step(args, device, "auto")
+    pruning = PruningConfig(targets=["d_inner"] + ["intermediate_size"] * (not args.no_mlp), sparsity=0.7)
+    masks = {name: mask.to(device) for name, mask in select_channels(model, pruning).items()}
+    groups = find_groups(model, pruning.targets)
 
     def timed(function):
-        synchronise()
+        synchronise(device)
         start = time.perf_counter()
         function()
-        synchronise()
+        synchronise(device)
         return time.perf_counter() - start
 
     def step(penalty):
-        optimizer.zero_grad()
-        loss = model(pixel_values=images, labels=labels).loss
-        if penalty == "group_lasso":
-            loss = loss + 1e-6 * group_lasso(groups, masks)
-        loss.backward()
-        optimizer.step()
+        forward_backward(inputs, (lambda: 1e-6 * group_lasso(groups, masks)) if penalty == "group_lasso" else None)
+        update()
         if penalty == "growing_l2":
             decay_(groups, masks, 1e-6)
 
@@ -65,13 +139,16 @@ def main():
         "group_lasso": [timed(lambda: group_lasso(groups, masks).backward()) for _ in range(30)],
     }
     base = statistics.median(times["none"])
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    print(f"{args.preset}, batch {args.batch}, fp32, {where}, medians of {args.steps} alternating steps")
-    print(f"{'penalty':<12} {'step ms':>9} {'of none':>9} {'penalty alone ms':>17} {'of a step':>10}")
+    print(f"{'penalty':<12} {'eager step ms':>13} {'of none':>9} {'penalty alone ms':>17} {'of a step':>10}")
     for kind in kinds:
         middle = statistics.median(times[kind])
         own = statistics.median(alone[kind]) if kind in alone else 0.0
-        print(f"{kind:<12} {1e3 * middle:9.1f} {middle / base:8.1%} {1e3 * own:17.2f} {own / base:9.2%}")
+        print(f"{kind:<12} {1e3 * middle:13.1f} {middle / base:8.1%} {1e3 * own:17.2f} {own / base:9.2%}")
+
+
+def synchronise(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

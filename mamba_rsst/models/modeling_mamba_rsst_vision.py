@@ -35,14 +35,15 @@ def make_norm(config) -> nn.Module:
     return kind(config.hidden_size, eps=config.layer_norm_epsilon)
 
 
-def draw_branch_scales(rates: list[float], x: Tensor) -> Tensor:
+def draw_branch_scales(rate: float, layers: int, x: Tensor) -> Tensor:
     """Stochastic depth (Huang et al. 2016, arXiv:1603.09382), drawn for all layers at once: (layers, 2, B, 1, 1) fp32.
 
-    What a layer's two branches are multiplied by: 0 with the layer's rate for a sample, else 1 / (1 - rate). Drawn
-    outside the blocks, so that blocks which differ only in their rate share compiled code.
+    What a layer's two branches are multiplied by: 0 with the layer's rate for a sample, else 1 / (1 - rate); the rates
+    grow linearly from 0 to `rate`. Drawn outside the blocks, so that blocks which differ only in their rate share
+    compiled code, and made on the device, so that a CUDA graph can hold it.
     """
-    keep = 1.0 - torch.tensor(rates, device=x.device)[:, None, None]
-    keep = keep.expand(-1, 2, x.shape[0])
+    keep = 1.0 - torch.arange(layers, device=x.device) * (rate / max(1, layers - 1))
+    keep = keep[:, None, None].expand(-1, 2, x.shape[0])
     return (torch.bernoulli(keep) / keep)[..., None, None]
 
 
@@ -159,8 +160,6 @@ class MambaVisionModel(MambaVisionPreTrainedModel):
         self.embeddings = MambaVisionEmbeddings(config)
         self.layers = nn.ModuleList(MambaVisionBlock(config, i) for i in range(config.num_hidden_layers))
         self.norm_f = make_norm(config)
-        last = max(1, config.num_hidden_layers - 1)
-        self.drop_path_rates = [config.drop_path_rate * i / last for i in range(config.num_hidden_layers)]
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -170,7 +169,7 @@ class MambaVisionModel(MambaVisionPreTrainedModel):
         hidden_states = self.embeddings(pixel_values)
         scales = [None] * len(self.layers)
         if self.training and self.config.drop_path_rate > 0:
-            scales = draw_branch_scales(self.drop_path_rates, hidden_states).unbind(0)
+            scales = draw_branch_scales(self.config.drop_path_rate, len(self.layers), hidden_states).unbind(0)
         kept = []
         for layer, scale in zip(self.layers, scales):
             if wanted:
@@ -211,7 +210,9 @@ class MambaForImageClassification(MambaVisionPreTrainedModel):
         outputs = self.backbone(pixel_values, output_hidden_states=output_hidden_states, return_dict=True)
         tokens = outputs.last_hidden_state
         places = self.backbone.embeddings.class_token_places
-        logits = self.classifier((tokens[:, places] if places else tokens).mean(dim=1))
+        # One slice a class token: an index list would be copied to the device, which a CUDA graph cannot hold.
+        pooled = sum(tokens[:, p] for p in places) / len(places) if places else tokens.mean(dim=1)
+        logits = self.classifier(pooled)
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits.float(), labels if labels.dim() == 1 else labels.float())

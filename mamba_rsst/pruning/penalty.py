@@ -47,27 +47,28 @@ def group_lasso(groups: Iterable[Group], masks: Masks, scope: str = "leaving") -
     """
     if scope not in PENALTY_SCOPES:
         raise ValueError(f"Unknown scope {scope!r}; choose from {list(PENALTY_SCOPES)}.")
-    total = torch.zeros(())
+    total = None
     for group in groups:
         if scope == "leaving" and group.name not in masks:
             continue
         squares = sum(view.per_channel(view.tensor.square()) for view in group.scored_views())
         norms = (squares + 1e-12).sqrt()  # the root has no gradient at 0
-        if scope == "leaving":
-            norms = norms[~masks[group.name].to(norms.device)]
-        total = total.to(norms.device) + norms.sum()
-    return total
+        if scope == "leaving":  # not by index, whose length only the CPU could know
+            norms = norms * ~masks[group.name].to(norms.device)
+        total = norms.sum() if total is None else total + norms.sum()
+    return torch.zeros(()) if total is None else total
 
 
 @torch.no_grad()
 def leaving_share(groups: Iterable[Group], masks: Masks) -> float:
     """Norm of the leaving channels over the norm of all channels, in [0, 1]: 0 when the cut will change nothing."""
-    leaving = everything = 0.0
+    leaving = everything = torch.zeros(())  # summed on the device: it is asked once, at the end
     for group in groups:
         squares = channel_norms(group).square()
-        everything += float(squares.sum())
+        everything = squares.sum() + everything.to(squares.device)
         if group.name in masks:
-            leaving += float(squares[~masks[group.name].to(squares.device)].sum())
+            leaving = (squares * ~masks[group.name].to(squares.device)).sum() + leaving.to(squares.device)
+    leaving, everything = float(leaving), float(everything)
     return (leaving / everything) ** 0.5 if everything > 0 else 0.0
 
 

@@ -72,6 +72,17 @@ class RSSTConfig(TrainingArguments):
         default=False,
         metadata={"help": "torch.compile each block by itself: fused kernels, seconds to compile, once per width."},
     )
+    cuda_graphs: bool = field(
+        default=False,
+        metadata={
+            "help": "Replay each training step of the usual batch size as one CUDA graph. One GPU, fp32 or bf16; "
+            "compiled steps gain most."
+        },
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "transformers' default is True, which waits for the GPU in every step and hides a NaN loss."},
+    )
     calibration_batches: int = field(default=8, metadata={"help": "Training batches that data-driven scores look at."})
 
     def __post_init__(self):
@@ -132,6 +143,12 @@ class RSSTConfig(TrainingArguments):
             )
         if self.max_steps > 0:
             raise ValueError("`max_steps` does not say which stage it bounds; set the epochs of the stages instead.")
+        if self.cuda_graphs:
+            for name in ("fp16", "gradient_checkpointing", "logging_nan_inf_filter"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"`cuda_graphs` does not go with `{name}`, which lets the CPU take part in every step."
+                    )
         scheduler = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)
         if self._solves_lambda_max() and scheduler in ("reduce_lr_on_plateau", "greedy"):
             raise ValueError(

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import math
 import shutil
@@ -21,6 +22,7 @@ from ..pruning import Masks, PruningConfig, find_groups, leaving_share, select_c
 from ..pruning.masks import kept_widths
 from ..pruning.penalty import MAX_DECAY, decay_, group_lasso, strength_for
 from ..pruning.schedules import schedule_value
+from .acceleration import GraphedStep, compile_blocks
 from .arguments import RSSTConfig
 from .data import EpochSampler
 from .rounds import (
@@ -34,6 +36,10 @@ from .rounds import (
     round_sparsity,
     save_masks,
 )
+
+
+_FREE = ("compile_blocks", "cuda_graphs", "logging_nan_inf_filter")
+"""Settings that a resumed run may change."""
 
 
 class RSSTTrainer(Trainer):
@@ -78,6 +84,8 @@ class RSSTTrainer(Trainer):
         super().__init__(model=model, args=args, **kwargs)
         if args.method != "dense" and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("Channels cannot be scored and cut in weights that FSDP or DeepSpeed has sharded.")
+        if args.cuda_graphs and (args.device.type != "cuda" or args.world_size * args.n_gpu > 1):
+            raise ValueError(f"`cuda_graphs` needs one process on one CUDA GPU; this is {args.parallel_mode.value}.")
         self.pruning = pruning
         self.eval_data_collator = eval_data_collator
         self.calibration = None if calibration is None else list(calibration)  # read again in every round
@@ -89,6 +97,10 @@ class RSSTTrainer(Trainer):
         self._masks: Masks = {}
         self._leaving_groups = []
         self._lambda_max = 0.0
+        self._penalty_weight = torch.zeros((), device=args.device)  # lambda, where a recorded step can read it
+        self._graphed: dict[int, GraphedStep] = {}
+        self._clock = (time.perf_counter(), 0)
+        self._parameter_count: int | None = None
         self._check_decay()
         self.add_callback(_StageCallback(self))
 
@@ -137,7 +149,7 @@ class RSSTTrainer(Trainer):
     def _settings(self) -> dict:
         """What a run may not change when it is resumed, as JSON holds it."""
         names = [*RSSTConfig.__annotations__, "learning_rate", "num_train_epochs", "weight_decay", "seed"]
-        settings = {name: getattr(self.args, name) for name in names if name != "compile_blocks"}
+        settings = {name: getattr(self.args, name) for name in names if name not in _FREE}
         if self.pruning is not None:
             settings["pruning"] = dataclasses.asdict(self.pruning)
         return json.loads(json.dumps(settings))
@@ -150,7 +162,8 @@ class RSSTTrainer(Trainer):
         set_seed(self.args.seed + index)  # each stage draws its own numbers, the same whether resumed or not
         self._masks, self._leaving_groups = {}, []
         if stage.select:
-            self._masks = self._select(stage, folder / "masks.safetensors")
+            chosen = self._select(stage, folder / "masks.safetensors")
+            self._masks = {name: mask.to(self.args.device) for name, mask in chosen.items()}  # read in every step
             self._leaving_groups = [g for g in self._groups() if g.name in self._masks]
         if hasattr(self.data_collator, "seed"):  # another augmentation in every stage, the same in every resumption
             self.data_collator.seed = self.args.seed + 7919 * index
@@ -164,7 +177,7 @@ class RSSTTrainer(Trainer):
         if stage.epochs > 0:
             self._fresh_optimizer()
             if self.args.compile_blocks:
-                self._compile_blocks()
+                compile_blocks(self.model)
             set_seed(self.args.seed + index)
             output = super().train(
                 resume_from_checkpoint=last_complete_checkpoint(folder, self.args.world_size), **kwargs
@@ -229,6 +242,7 @@ class RSSTTrainer(Trainer):
     def _fresh_optimizer(self) -> None:
         """Forget the optimizer, schedule and wrapped model: they may hold parameters from before a cut."""
         self.optimizer = self.lr_scheduler = None
+        self._graphed, self._parameter_count = {}, None
         self._created_lr_scheduler = False
         self.model_wrapped = self.model
         self.accelerator.free_memory()
@@ -240,21 +254,6 @@ class RSSTTrainer(Trainer):
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self.model.__dict__.pop("_is_accelerate_prepared", None)
         self._move_model_to_device(self.model, self.args.device)
-
-    def _compile_blocks(self) -> None:
-        """Compile the model's repeated blocks one by one: blocks of the same widths share their compiled code."""
-        names = getattr(self.model, "_no_split_modules", None) or ()
-        blocks = [module for module in self.model.modules() if type(module).__name__ in names]
-        if not blocks:
-            raise ValueError(
-                f"`compile_blocks`: {type(self.model).__name__} does not say which modules are its blocks."
-            )
-        # Past torch's limit blocks silently run uncompiled; each may have its own widths, in training and evaluating.
-        limits = torch._dynamo.config
-        name = "recompile_limit" if hasattr(limits, "recompile_limit") else "cache_size_limit"  # before torch 2.7
-        setattr(limits, name, max(getattr(limits, name), 8 * len(blocks)))
-        for block in blocks:
-            block.compile(dynamic=False)
 
     def _set_model(self, folder) -> None:
         model = type(self.model).from_pretrained(folder)
@@ -279,7 +278,12 @@ class RSSTTrainer(Trainer):
     def evaluate(self, *args, **kwargs) -> dict:
         """Trainer's, without touching the random numbers of training, since a resumed run may skip an evaluation."""
         with torch.random.fork_rng(devices=[]):
-            return super().evaluate(*args, **kwargs)
+            metrics = super().evaluate(*args, **kwargs)
+        self._start_clock()
+        return metrics
+
+    def _start_clock(self) -> None:
+        self._clock = (time.perf_counter(), self.state.global_step)
 
     def _evaluate_quietly(self) -> dict:
         """Metrics of the evaluation set, not mixed into the stage's log."""
@@ -304,6 +308,35 @@ class RSSTTrainer(Trainer):
 
     # ---- hooks of Trainer -------------------------------------------------------------------------------------------
 
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Trainer's, replayed as one CUDA graph where `cuda_graphs` asks for it."""
+        if self._decaying("group_lasso"):
+            self._penalty_weight.fill_(self._lambda())
+        if not self.args.cuda_graphs:
+            return super().training_step(model, inputs, num_items_in_batch)
+        # The loss is divided by the number of micro-batches, of which an update at the end of an epoch may have fewer.
+        pieces = self.current_gradient_accumulation_steps
+        if pieces not in self._graphed:
+            step = functools.partial(self._tensor_step, model)
+            self._graphed[pieces] = GraphedStep(step, list(model.parameters()))
+        inputs = self._prepare_inputs(inputs)
+        if num_items_in_batch is not None:
+            inputs = {**inputs, "num_items_in_batch": torch.as_tensor(num_items_in_batch, device=self.args.device)}
+        return self._graphed[pieces](dict(inputs))
+
+    def _tensor_step(self, model, inputs):
+        """Trainer's step as a function of tensors alone."""
+        inputs = dict(inputs)
+        items = inputs.pop("num_items_in_batch", None)
+        return super().training_step(model, inputs, items)
+
+    def floating_point_ops(self, inputs) -> int:
+        """Trainer's estimate, 6 * inputs * parameters, without counting the parameters again in every step."""
+        if self._parameter_count is None:
+            self._parameter_count = self.model.num_parameters(exclude_embeddings=True)
+        main_input = inputs.get(self.model.main_input_name)
+        return 0 if main_input is None else 6 * main_input.numel() * self._parameter_count
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The task's loss, plus distillation and group lasso where the stage asks for them (training only)."""
         labels = inputs.get("labels")  # label smoothing takes them out of the inputs
@@ -317,7 +350,7 @@ class RSSTTrainer(Trainer):
                 loss = (1.0 - weight) * loss + weight * share * self._distillation(inputs, labels, outputs)
             if self._decaying("group_lasso"):
                 penalty = group_lasso(self._leaving_groups, self._masks, self.args.penalty_scope)
-                loss = loss + share * self._lambda() * penalty
+                loss = loss + share * self._penalty_weight * penalty
         return (loss, outputs) if return_outputs else loss
 
     def _distillation(self, inputs, labels, outputs):
@@ -409,9 +442,12 @@ class RSSTTrainer(Trainer):
             decay_(self._leaving_groups, self._masks, amount)
 
     def log(self, logs: dict, *args, **kwargs) -> None:
-        """Add lambda, the leaving channels' share of the norm and the channel sparsity to the training logs."""
+        """Add the speed, lambda, the leaving channels' share of the norm and the channel sparsity to the logs."""
         if self._stage is not None and "loss" in logs:
             logs["stage"] = self._stage.name
+            since, step = self._clock  # of the last log or evaluation
+            logs["steps_per_second"] = round((self.state.global_step - step) / (time.perf_counter() - since), 3)
+            self._start_clock()
             if self._stage.decay:
                 logs["lambda"] = self._lambda(self.state.global_step)  # as it was in the step that is logged
                 logs["leaving_share"] = leaving_share(self._leaving_groups, self._masks)
@@ -485,6 +521,7 @@ class _StageCallback(TrainerCallback):
         if self._takes_rewind_point(args) and args.rewind_step > state.max_steps:
             raise ValueError(f"`rewind_step` is {args.rewind_step}, but the first stage has {state.max_steps} steps.")
         self.trainer._start_decay()
+        self.trainer._start_clock()
 
     def _takes_rewind_point(self, args):
         stage = self.trainer._stage

@@ -1,0 +1,113 @@
+"""Faster training steps: compiled blocks, and a step recorded as one CUDA graph, whose launches cost nothing."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compile the model's repeated blocks one by one: blocks of the same widths share their compiled code.
+
+    Raises ValueError for a model that does not name its blocks (`_no_split_modules`).
+    """
+    names = getattr(model, "_no_split_modules", None) or ()
+    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    if not blocks:
+        raise ValueError(f"{type(model).__name__} does not say which modules are its blocks, to compile them.")
+    # Past torch's limit blocks silently run uncompiled; each may have its own widths, in training and evaluating.
+    limits = torch._dynamo.config
+    name = "recompile_limit" if hasattr(limits, "recompile_limit") else "cache_size_limit"  # before torch 2.7
+    setattr(limits, name, max(getattr(limits, name), 8 * len(blocks)))
+    for block in blocks:
+        block.compile(dynamic=False)
+
+
+class GraphedStep:
+    """Replays `step`, one forward and backward of fixed shapes, as a CUDA graph.
+
+    step: inputs, a dict of tensors -> detached loss; adds the gradients of `parameters` to their `.grad`. It may ask
+    the device for nothing (no `.item()`, no copy from the CPU): PyTorch's rules for capturing, see
+    https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs.
+
+    Called like `step`. The first `WARMUP` calls run as they are (they compile and tune), the next one is recorded.
+    From then on inputs of the recorded shapes are replayed; others, such as an epoch's last, smaller batch, run as they
+    are. The parameters may change in place between calls, but must not be replaced: make a new GraphedStep then.
+    Raises RuntimeError where the step cannot be captured.
+    """
+
+    WARMUP = 2
+
+    def __init__(self, step: Callable[[dict], Tensor], parameters: list[nn.Parameter]):
+        self.step = step
+        self.parameters = [p for p in parameters if p.requires_grad]
+        self._calls = 0
+        self._recorded = None
+        self._graph = None
+        self._inputs: dict[str, Tensor] = {}
+        self._loss: Tensor | None = None
+        self._gradients: list[Tensor | None] = []
+
+    def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
+        shapes = {name: (x.shape, x.dtype) for name, x in inputs.items()}
+        if self._recorded is None and self._calls >= self.WARMUP:
+            self._record(inputs)
+            self._recorded = shapes
+        self._calls += 1
+        if self._recorded is None:
+            return self._run_beside(inputs)
+        if shapes != self._recorded:
+            return self.step(inputs)
+        for p, gradient in zip(self.parameters, self._gradients):
+            if gradient is not None and p.grad is gradient:  # an earlier micro-batch's: the replay will write over it
+                p.grad = gradient.clone()
+        for name, x in self._inputs.items():
+            x.copy_(inputs[name])
+        self._replay()
+        self._hand_over()
+        return self._loss.clone()
+
+    def _run_beside(self, inputs):
+        """On a stream of its own, as steps that are to be captured have to be warmed up."""
+        here = torch.cuda.current_stream()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(here)
+        with torch.cuda.stream(stream):
+            loss = self.step(inputs)
+        here.wait_stream(stream)
+        return loss
+
+    def _record(self, inputs):
+        before = [p.grad for p in self.parameters]  # of earlier micro-batches
+        for p in self.parameters:
+            p.grad = None  # so that the backward writes its own tensors instead of adding to these
+        self._inputs = {name: x.clone() for name, x in inputs.items()}
+        try:
+            self._capture()
+        except RuntimeError as error:
+            raise RuntimeError(f"The training step cannot be recorded as a CUDA graph: {error}") from error
+        self._gradients = [p.grad for p in self.parameters]
+        for p, gradient in zip(self.parameters, before):
+            p.grad = gradient
+
+    def _capture(self):
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._loss = self.step(self._inputs)
+
+    def _replay(self):
+        self._graph.replay()
+
+    def _hand_over(self):
+        """Give the parameters the gradients of the replay: as they are, or added to those of earlier micro-batches."""
+        sums, parts = [], []
+        for p, gradient in zip(self.parameters, self._gradients):
+            if gradient is None:
+                continue
+            if p.grad is None:
+                p.grad = gradient
+            else:
+                sums.append(p.grad)
+                parts.append(gradient)
+        if sums:
+            torch._foreach_add_(sums, parts)
