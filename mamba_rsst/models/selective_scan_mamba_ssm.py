@@ -55,7 +55,7 @@ def unusable(device_type: str, dtype: torch.dtype, sizes: tuple[int, ...], initi
     return _why_not_loaded()
 
 
-def states_shape(G, B, L, E, N):
+def states_shape(G, B, L, E, N, device=None):
     """Shape of the saved chunk states: for each state the product of all decays up to there, then the state itself."""
     return (G, B, E, (L + CHUNK - 1) // CHUNK, 2 * N)
 
