@@ -2,10 +2,16 @@
 
     python benchmarks/bench_scan_gpu.py [--quick] [--dtype bfloat16]
 
-Each row: milliseconds of the forward that saves for backward / of forward and backward together, and how many times
-faster than `torch`, the chunked pure torch of this package. `reference` is the loop over time (slow: one run, short
-sequences only). `mamba_ssm` is state-spaces/mamba's CUDA kernels, a call and two flips for a reversed direction; it is
-listed as absent where it is not installed. All but the loop are timed as replays of a CUDA graph: launches are free.
+Each row: milliseconds of the forward that saves for backward, and of the backward: both together less the forward.
+Then how many times faster than `mamba_ssm`, or than `torch` where that is absent.
+
+- `mamba_ssm`: state-spaces/mamba's CUDA kernels as a back end of ours. They want channels first and time forwards, so
+  its times hold the copies into that layout, and a flip each way for a reversed direction.
+- `its kernels`: the same without any of that: inputs that lie channels first already, every direction forwards.
+- `torch`: the chunked pure torch of this package. `triton`: its kernels. `reference`: the loop over time (slow: one
+  run, short sequences only).
+
+All but the loop are timed as replays of a CUDA graph: launches are free.
 """
 
 import argparse
@@ -45,29 +51,39 @@ def make_inputs(shape, dtype):
 
 
 def ours(implementation):
-    def scan(*inputs):
-        reverse = (False, True)[: inputs[0].shape[0]]
-        return selective_scan(*inputs, delta_softplus=True, reverse=reverse, implementation=implementation)
+    """Prepares a scan of ours: (run, leaves, gradients of the outputs)."""
 
-    return scan
+    def prepare(inputs, dy):
+        reverse = (False, True)[: dy.shape[0]]
+        options = dict(delta_softplus=True, reverse=reverse, implementation=implementation)
+        return lambda: [selective_scan(*inputs, **options)], inputs, [dy]
+
+    return prepare
 
 
-def mamba_ssm_scan():
-    """Its kernels behind our signature, or None."""
+def kernels_alone(inputs, dy):
+    """mamba_ssm's own call for each direction; as `ours`."""
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    def first(x):
+        return (x.transpose(1, 2) if x.dim() == 3 else x).contiguous()
+
+    directions = [[first(x[g].detach()).requires_grad_() for x in inputs] for g in range(dy.shape[0])]
+
+    def run():
+        return [selective_scan_fn(u, dt, A, B, C, D, None, bias, True) for u, dt, A, B, C, D, bias in directions]
+
+    return run, sum(directions, []), [first(x) for x in dy]
+
+
+def why_absent(prepare):
+    """None, or why that scan does not run here: by trying it on next to nothing."""
     try:
-        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-    except ImportError:
-        return None
-
-    def scan(u, delta, A, B, C, D, bias):
-        ys = []
-        for g in range(u.shape[0]):
-            x, dt, b, c = ((v[g].flip(1) if g else v[g]).transpose(1, 2) for v in (u, delta, B, C))
-            y = selective_scan_fn(x, dt, A[g], b, c, D[g], None, bias[g], True).transpose(1, 2)
-            ys.append(y.flip(1) if g else y)
-        return torch.stack(ys)
-
-    return scan
+        run, *_ = prepare(*make_inputs((1, 1, 1, 1, 1), torch.float32))
+        run()
+    except (ImportError, OSError, ValueError) as error:
+        return str(error)
+    return None
 
 
 def milliseconds(run, repeats):
@@ -82,18 +98,15 @@ def milliseconds(run, repeats):
     return statistics.median(times)
 
 
-def time_scan(scan, shape, dtype, graph=True):
-    """(forward, forward and backward), in ms."""
-    inputs, dy = make_inputs(shape, dtype)
-
-    def forward():
-        return scan(*inputs)
+def time_scan(prepare, shape, dtype, graph=True):
+    """(forward, backward) in ms."""
+    run, leaves, gradients = prepare(*make_inputs(shape, dtype))
 
     def both():
-        return torch.autograd.grad(scan(*inputs), inputs, dy)
+        return torch.autograd.grad(run(), leaves, gradients)
 
     results = []
-    for function in (forward, both):
+    for function in (run, both):
         if not graph:
             results.append(milliseconds(function, 1))
             continue
@@ -109,7 +122,8 @@ def time_scan(scan, shape, dtype, graph=True):
         captured.replay()
         results.append(milliseconds(captured.replay, 30))
         del captured
-    return results
+    forward, both = results
+    return forward, both - forward
 
 
 def main():
@@ -117,25 +131,26 @@ def main():
     parser.add_argument("--quick", action="store_true", help="no loop over time")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     arguments = parser.parse_args()
-    scans = {"torch": ours("torch"), "triton": ours("triton"), "mamba_ssm": mamba_ssm_scan()}
-    if not arguments.quick:
-        scans["reference"] = ours("reference")
+    dtype = getattr(torch, arguments.dtype)
+    # The base comes first: the rows after it are compared with it.
+    scans = {"mamba_ssm": ours("mamba_ssm"), "its kernels": kernels_alone}
+    absent = {name: reason for name, prepare in scans.items() if (reason := why_absent(prepare))}
+    scans |= {name: ours(name) for name in ("torch", "triton", "reference")}
+    base = "torch" if "mamba_ssm" in absent else "mamba_ssm"
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {arguments.dtype}")
     for title, shape in SHAPES.items():
         print(f"\n{title}: directions, batch, length, channels, states = {shape}")
-        base = None
-        for name, scan in scans.items():
-            if scan is None:
-                print(f"  {name:10} absent")
+        print(f"  {'':11} {'forward, ms':>11} {'backward, ms':>12}   times faster than {base}")
+        times = {}
+        for name, prepare in scans.items():
+            if name in absent:
+                print(f"  {name:11} absent: {absent[name]}")
                 continue
-            if name == "reference" and shape[2] > LONGEST_FOR_THE_LOOP:
+            if name == "reference" and (arguments.quick or shape[2] > LONGEST_FOR_THE_LOOP):
                 continue
-            forward, both = time_scan(scan, shape, getattr(torch, arguments.dtype), graph=name != "reference")
-            base = base or (forward, both)
-            print(
-                f"  {name:10} {forward:9.3f} / {both:9.3f} ms   {base[0] / forward:6.1f}x / {base[1] / both:6.1f}x",
-                flush=True,
-            )
+            times[name] = time_scan(prepare, shape, dtype, graph=name != "reference")
+            ratios = [f"{b / own:.2f}x" for b, own in zip(times.get(base, ()), times[name])]
+            print("  {:11} {:11.3f} {:12.3f}   {}".format(name, *times[name], " / ".join(ratios)), flush=True)
             torch.cuda.empty_cache()
 
 

@@ -22,8 +22,9 @@ FLOORS = {
     "report": {"models", "pruning", "supernet", "training"},
 }
 TOP = ("recipe", "run", "cli", "__init__", "__main__")
-# What else the ground floor may need. Triton is optional there: its import stands in a `try`.
-OUTSIDE = {"models": {"torch", "transformers", "triton"}, "pruning": {"torch"}, "supernet": {"torch"}}
+# What else the ground floor may need. Some of it is optional there: its import stands in a `try`.
+OPTIONAL = {"triton", "selective_scan_cuda"}
+OUTSIDE = {"models": {"torch", "transformers", *OPTIONAL}, "pruning": {"torch"}, "supernet": {"torch"}}
 FILES = sorted(ROOT.rglob("*.py"))
 
 
@@ -89,14 +90,14 @@ def test_models_import_their_siblings_alone(path):
             assert module.split(".")[0] != ROOT.name
 
 
-def test_triton_is_optional():
+def test_kernels_are_optional():
     for path in (ROOT / "models").glob("*.py"):
         tree = ast.parse(path.read_text())
         guarded = {id(n) for t in ast.walk(tree) if isinstance(t, ast.Try) for n in ast.walk(t)}
         for node in ast.walk(tree):
             if isinstance(node, (ast.Import, ast.ImportFrom)) and id(node) not in guarded:
                 names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
-                assert not any(name.split(".")[0] == "triton" for name in names), path.name
+                assert not any(name.split(".")[0] in OPTIONAL for name in names), path.name
 
 
 def test_importing_the_package_is_cheap():

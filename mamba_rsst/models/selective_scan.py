@@ -11,6 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Each name by itself: transformers finds the files a Hub copy needs by lines of the form "from .file import name".
+from .selective_scan_mamba_ssm import scan_backward as mamba_ssm_backward
+from .selective_scan_mamba_ssm import scan_forward as mamba_ssm_forward
+from .selective_scan_mamba_ssm import states_shape as mamba_ssm_states_shape
+from .selective_scan_mamba_ssm import unusable as mamba_ssm_unusable
 from .selective_scan_torch import scan_backward as torch_backward
 from .selective_scan_torch import scan_forward as torch_forward
 from .selective_scan_torch import states_shape as torch_states_shape
@@ -31,9 +35,11 @@ class Backend(NamedTuple):
 _BACKENDS = {
     "torch": Backend(torch_forward, torch_backward, torch_states_shape),
     "triton": Backend(triton_forward, triton_backward, triton_states_shape),
+    "mamba_ssm": Backend(mamba_ssm_forward, mamba_ssm_backward, mamba_ssm_states_shape),
 }
 IMPLEMENTATIONS = ("auto", "reference", *_BACKENDS)
-"""`reference`: a loop over time. `torch`: chunked pure torch, any device. `triton`: fused kernels for CUDA."""
+"""`reference`: a loop over time. `torch`: chunked pure torch, any device. `triton`: fused kernels for CUDA.
+`mamba_ssm`: that package's CUDA kernels, where installed: no initial state, no gradient through the last one."""
 
 ENVIRONMENT_VARIABLE = "MAMBA_RSST_SCAN"
 
@@ -76,21 +82,40 @@ def selective_scan(
         u, delta, A, B, C = (x.unsqueeze(0) for x in (u, delta, A, B, C))
         D, delta_bias, initial_state = (None if x is None else x.unsqueeze(0) for x in (D, delta_bias, initial_state))
     _check(u, delta, A, B, C, D, delta_bias, initial_state, directions)
-    name = resolve_implementation(implementation, u.device, u.dtype)
+    inputs = (u, delta, A, B, C, D, delta_bias, initial_state)
+    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    name = resolve_implementation(
+        implementation,
+        u.device,
+        u.dtype,
+        sizes=(*u.shape, A.shape[-1]),
+        initial_state=initial_state is not None,
+        last_state_gradient=save and return_last_state,
+    )
     if name == "reference":
         y, last = selective_scan_ref(u, delta, A, B, C, D, delta_bias, delta_softplus, directions, initial_state)
     else:
         mask = sum(1 << g for g, backwards in enumerate(directions) if backwards)
-        inputs = (u, delta, A, B, C, D, delta_bias, initial_state)
-        save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
         y, last, _ = _op(name)(*inputs, delta_softplus, mask, save)
     if not several:
         y, last = y[0], last[0]
     return (y, last) if return_last_state else y
 
 
-def resolve_implementation(implementation: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
-    """The back end that runs: the one asked for, or for "auto" the fastest that computes `dtype` right on `device`."""
+def resolve_implementation(
+    implementation: str,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    *,
+    sizes: tuple[int, int, int, int, int] = (1, 1, 1, 1, 1),
+    initial_state: bool = False,
+    last_state_gradient: bool = False,
+) -> str:
+    """The back end that runs: the one asked for, or for "auto" the fastest that computes the call right on `device`.
+
+    The call: the dtype of u, (G, B, L, E, N) `sizes`, whether it has an initial state, and whether a gradient may come
+    back through the last one.
+    """
     asked = implementation
     if implementation == "auto":
         implementation = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
@@ -98,9 +123,20 @@ def resolve_implementation(implementation: str, device: torch.device, dtype: tor
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"Unknown selective scan {asked!r}; choose from {list(IMPLEMENTATIONS)}.")
     if implementation == "auto":
-        # The kernels compute in fp32, which would waste what fp64 is asked for.
-        return "triton" if triton_unusable(device.type) is None and dtype != torch.float64 else "torch"
-    if implementation == "triton" and (reason := triton_unusable(device.type)):
+        if dtype == torch.float64:  # The kernels compute in fp32, which would waste what fp64 is asked for.
+            return "torch"
+        if triton_unusable(device.type) is None:
+            return "triton"
+        # Whether a gradient does come back shows only when it is too late for another choice.
+        if not last_state_gradient and mamba_ssm_unusable(device.type, dtype, sizes, initial_state) is None:
+            return "mamba_ssm"
+        return "torch"
+    reason = None
+    if implementation == "triton":
+        reason = triton_unusable(device.type)
+    if implementation == "mamba_ssm":
+        reason = mamba_ssm_unusable(device.type, dtype, sizes, initial_state)
+    if reason:
         raise ValueError(f"The selective scan {asked!r} cannot run here: {reason}")
     return implementation
 

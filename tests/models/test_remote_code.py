@@ -141,6 +141,7 @@ def test_transformers_finds_the_siblings(name):
 
 def test_the_scan_needs_its_back_ends():
     assert set(get_relative_imports(str(MODELS / "selective_scan.py"))) == {
+        "selective_scan_mamba_ssm",
         "selective_scan_torch",
         "selective_scan_triton",
     }

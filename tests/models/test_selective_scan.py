@@ -452,7 +452,8 @@ def test_directions_that_do_not_fit(directions, reverse):
 
 
 def test_unknown_implementation():
-    with pytest.raises(ValueError, match=r"'fast'; choose from \['auto', 'reference', 'torch', 'triton'\]"):
+    choices = r"\['auto', 'reference', 'torch', 'triton', 'mamba_ssm'\]"
+    with pytest.raises(ValueError, match=f"'fast'; choose from {choices}"):
         selective_scan(**make_inputs(), implementation="fast")
 
 
@@ -467,7 +468,7 @@ def test_environment_variable(monkeypatch):
     selective_scan(**make_inputs(), implementation="torch")
     assert len(calls) == 1
     monkeypatch.setenv("MAMBA_RSST_SCAN", "fast")
-    with pytest.raises(ValueError, match="MAMBA_RSST_SCAN=fast.*'auto', 'reference', 'torch', 'triton'"):
+    with pytest.raises(ValueError, match="MAMBA_RSST_SCAN=fast.*'auto', 'reference', 'torch', 'triton', 'mamba_ssm'"):
         selective_scan(**make_inputs())
     selective_scan(**make_inputs(), implementation="torch")
 
