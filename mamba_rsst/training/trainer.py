@@ -22,6 +22,7 @@ from ..pruning.masks import kept_widths
 from ..pruning.penalty import MAX_DECAY, decay_, group_lasso, strength_for
 from ..pruning.schedules import schedule_value
 from .arguments import RSSTConfig
+from .compiling import compile_blocks_
 from .data import EpochSampler
 from .rounds import (
     RunFolder,
@@ -164,7 +165,7 @@ class RSSTTrainer(Trainer):
         if stage.epochs > 0:
             self._fresh_optimizer()
             if self.args.compile_blocks:
-                self._compile_blocks()
+                compile_blocks_(self.model)
             set_seed(self.args.seed + index)
             output = super().train(
                 resume_from_checkpoint=last_complete_checkpoint(folder, self.args.world_size), **kwargs
@@ -240,21 +241,6 @@ class RSSTTrainer(Trainer):
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self.model.__dict__.pop("_is_accelerate_prepared", None)
         self._move_model_to_device(self.model, self.args.device)
-
-    def _compile_blocks(self) -> None:
-        """Compile the model's repeated blocks one by one: blocks of the same widths share their compiled code."""
-        names = getattr(self.model, "_no_split_modules", None) or ()
-        blocks = [module for module in self.model.modules() if type(module).__name__ in names]
-        if not blocks:
-            raise ValueError(
-                f"`compile_blocks`: {type(self.model).__name__} does not say which modules are its blocks."
-            )
-        # Past torch's limit blocks silently run uncompiled; each may have its own widths, in training and evaluating.
-        limits = torch._dynamo.config
-        name = "recompile_limit" if hasattr(limits, "recompile_limit") else "cache_size_limit"  # before torch 2.7
-        setattr(limits, name, max(getattr(limits, name), 8 * len(blocks)))
-        for block in blocks:
-            block.compile(dynamic=False)
 
     def _set_model(self, folder) -> None:
         model = type(self.model).from_pretrained(folder)
