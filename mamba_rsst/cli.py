@@ -316,15 +316,15 @@ def _bench(args) -> None:
 
 
 def _short_names(paths: list[str]) -> dict[str, str]:
-    """{last part of a path: path}, or whole paths where the last parts are alike."""
+    """{a name for the table: path}; the whole path where short ones are alike."""
     from pathlib import Path
 
-    short = {Path(path).expanduser().resolve().name: path for path in paths}
-    if len(short) == len(paths):
-        return short
     if len(set(paths)) < len(paths):
         raise ValueError(f"There is nothing to compare: both models are {paths[0]!r}.")
-    return {path: path for path in paths}
+    folders = {path: Path(path).expanduser().resolve() for path in paths}
+    # A run keeps the models of its stages in folders like stages/0-train/model.
+    short = {f.parent.name if f.name == "model" else f.name: path for path, f in folders.items()}
+    return short if len(short) == len(paths) else {path: path for path in paths}
 
 
 def _load_for_speed(path: str, dtype):

@@ -9,7 +9,7 @@ import torch
 from tiny import Keyword, batch_of, make
 from torch import nn
 
-from mamba_rsst import PruningConfig, prune_, speed
+from mamba_rsst import PruningConfig, cli, prune_, speed
 from mamba_rsst.evaluation import weight_bytes
 from mamba_rsst.report import speed_table
 from mamba_rsst.speed import (
@@ -270,6 +270,18 @@ def test_the_table_names_the_run_and_compares():
     table = speed_table(alone, {"name": "cpu", "graph": False, "rows": rows[::2]})
     assert table.title == "d on cpu\nbfloat16 autocast, prompt of 7 tokens; torch 1.2.3"
     assert len(table.columns) == 3
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["runs/a/stages/0-train/model", "runs/a"], ["0-train", "a"]),
+        (["x/a", "y/a"], ["x/a", "y/a"]),
+        (["org/name"], ["name"]),
+    ],
+)
+def test_names_in_the_table_are_short_but_differ(paths, names):
+    assert cli._short_names(paths) == dict(zip(names, paths))
 
 
 # ---- the command, in a process of its own ----
