@@ -143,24 +143,32 @@ def compare_latency(
 def measure_peak_memory(model, inputs: dict | Callable, *, autocast_dtype: torch.dtype | None = None) -> int | None:
     """Bytes that inference needs: the weights, plus what one forward of `inputs` takes at its peak on top.
 
-    The inputs and everything else in the process are left out. CUDA: the allocator's own exact count. CPU (Linux): the
-    process's peak resident memory less what it held before, so pages, rounded by the kernel, and only while no other
-    thread allocates. None where neither can be read: not known, which is not 0.
+    The inputs and everything else in the process are left out. None where the peak cannot be read: see `peak_above`.
     """
-    device = place_of(model)[0]
     with inference(model, _inputs_for(model, inputs), autocast_dtype) as forward:
         forward()  # libraries allocate their workspaces at the first call and keep them
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-            torch.cuda.reset_peak_memory_stats(device)
-            before = torch.cuda.memory_allocated(device)
-            forward()
-            torch.cuda.synchronize(device)
-            return weight_bytes(model) + torch.cuda.max_memory_allocated(device) - before
-        if device.type == "cpu" and _reset_peak_resident():
-            before = _resident_bytes("VmRSS")
-            forward()
-            return weight_bytes(model) + max(_resident_bytes("VmHWM") - before, 0)
+        peak = peak_above(forward, place_of(model)[0])
+    return None if peak is None else weight_bytes(model) + peak
+
+
+def peak_above(function: Callable, device: torch.device) -> int | None:
+    """Bytes that a call of `function` takes at its peak, above what is held before it.
+
+    CUDA: the allocator's own exact count. CPU (Linux): the process's peak resident memory less what it held before, so
+    pages, rounded by the kernel, and only while no other thread allocates. None where neither can be read: not known,
+    which is not 0.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    if device.type == "cpu" and _reset_peak_resident():
+        before = _resident_bytes("VmRSS")
+        function()
+        return max(_resident_bytes("VmHWM") - before, 0)
     return None
 
 
