@@ -29,7 +29,7 @@ IMPLEMENTATIONS = ("transformers", "reference", "torch", "mambapy")
 BASE = IMPLEMENTATIONS[0]
 
 
-def make_inputs(G, B, L, E, N):
+def make_inputs(G, B, L, E, N, device="cpu"):
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
@@ -44,14 +44,14 @@ def make_inputs(G, B, L, E, N):
         torch.ones(G, E),
         torch.full((G, E), -4.0),
     ]
-    return [x.requires_grad_() for x in inputs]
+    return [x.to(device).requires_grad_() for x in inputs]
 
 
-def runner(implementation, shape):
+def runner(implementation, shape, device="cpu"):
     """A function that runs one forward, or forward and backward."""
     from mamba_rsst.models.selective_scan import selective_scan
 
-    inputs = make_inputs(*shape)
+    inputs = make_inputs(*shape, device)
     reverse = (False, True)[: shape[0]]
     if implementation == "mambapy":
         from mambapy.pscan import pscan

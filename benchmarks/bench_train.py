@@ -17,7 +17,8 @@ import torch
 
 from mamba_rsst import MambaForImageClassification, MambaRsstVisionConfig, PruningConfig, find_groups, select_channels
 from mamba_rsst.pruning.penalty import decay_, group_lasso
-from mamba_rsst.training.acceleration import GraphedStep, compile_blocks
+from mamba_rsst.training.compiling import compile_blocks_
+from mamba_rsst.training.graphed_step import GraphedStep
 
 
 def main():
@@ -82,7 +83,7 @@ def ways_of_running(args, device):
             torch.cuda.reset_peak_memory_stats()
         model, forward_backward, update, inputs = make_step(args, device, scan)
         if "compiled" in way:
-            compile_blocks(model)
+            compile_blocks_(model)
         step = GraphedStep(forward_backward, list(model.parameters())) if "graph" in way else forward_backward
         start = time.perf_counter()
         warmup, steps = (1, 3) if scan == "reference" else (4, args.steps)

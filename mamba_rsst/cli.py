@@ -1,4 +1,4 @@
-"""The command line: train, prune, inspect, eval. Bad input is one sentence and exit code 2."""
+"""The command line: train, prune, inspect, eval, bench. Bad input is one sentence and exit code 2."""
 
 import argparse
 import os
@@ -78,6 +78,24 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--batch-size", type=int, default=64)
     evaluate.add_argument("--device", help="default: cuda where there is one, else cpu")
     evaluate.set_defaults(run=_eval)
+
+    bench = commands.add_parser("bench", help="speed, latency and memory of a model, against another if given")
+    bench.add_argument("model", help="folder or hub id: image classifier or causal language model")
+    bench.add_argument("--against", metavar="DENSE", help="model to compare with; the two take turns")
+    bench.add_argument("--device", choices=("cpu", "cuda", "both"), help="default: cuda where there is one, else cpu")
+    bench.add_argument("--batch-size", type=int, nargs="+", help="one or several; default: what keeps the device busy")
+    bench.add_argument("--seq-len", type=int, help="tokens of a language model's prompt (default 256)")
+    bench.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="bfloat16: autocast for images, weights for language models",
+    )
+    bench.add_argument("--compile", action="store_true", help="torch.compile each block")
+    bench.add_argument("--graph", action=argparse.BooleanOptionalAction, default=False, help="replay CUDA graphs")
+    bench.add_argument("--rounds", type=int, default=10, help="turns of each model (default 10)")
+    bench.add_argument("--json", metavar="FILE", help="write the figures there too")
+    bench.set_defaults(run=_bench)
     return parser
 
 
@@ -195,7 +213,7 @@ def _eval(args) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from . import evaluation
+    from . import evaluation, speed
     from .hub import load_model
     from .recipe import load_recipe
     from .run import RECIPE_FILE
@@ -227,8 +245,8 @@ def _eval(args) -> None:
         model, data.eval.images, data.eval.labels, mean=mean, std=std, batch_size=args.batch_size, progress=True
     )
     inputs = {"pixel_values": torch.randn(args.batch_size, c.num_channels, c.image_size, c.image_size, device=device)}
-    timing = evaluation.measure_throughput(model, inputs)
-    memory = evaluation.measure_peak_memory(model, inputs)
+    timing = speed.measure_throughput(model, inputs)
+    memory = speed.measure_peak_memory(model, inputs)
     table = Table("", "", title=f"{args.model} on {config.path} ({config.eval_split})", show_header=False)
     for name, value in (
         ("accuracy", f"{scores['accuracy']:.2%} of {scores['num_samples']:,} images"),
@@ -240,6 +258,85 @@ def _eval(args) -> None:
     ):
         table.add_row(name, value)
     Console().print(table)
+
+
+def _bench(args) -> None:
+    import json
+    from pathlib import Path
+
+    import torch
+    from rich.console import Console
+
+    from . import report, speed
+    from .evaluation import count_parameters
+
+    seq_len = 256 if args.seq_len is None else args.seq_len
+    speed.check_settings(batch_sizes=args.batch_size, seq_len=seq_len, rounds=args.rounds)
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    devices = ["cpu", "cuda"] if args.device == "both" else [args.device or default]
+    if "cuda" in devices and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device}: there is no CUDA device here.")
+    if args.graph and "cuda" not in devices:
+        raise ValueError("--graph needs a CUDA device.")
+    if args.json and Path(args.json).expanduser().is_dir():
+        raise ValueError(f"--json {args.json!r} is a folder.")
+    paths = _short_names([args.against, args.model] if args.against else [args.model])
+    models = {name: _load_for_speed(path, getattr(torch, args.dtype)) for name, path in paths.items()}
+    images = models[list(models)[-1]].main_input_name == "pixel_values"
+    if images and args.seq_len is not None:
+        raise ValueError("--seq-len is for language models; an image classifier's length follows from its images.")
+    autocast = images and args.dtype != "float32"
+    results = {
+        "models": [{"name": n, "path": paths[n], "parameters": count_parameters(m)} for n, m in models.items()],
+        "dtype": args.dtype + (" autocast" if autocast else ""),
+        "compiled": args.compile,
+        "seq_len": None if images else seq_len,
+        "rounds": args.rounds,
+        "versions": speed.versions(),
+        "devices": [],
+    }
+    console = Console()
+    for place in devices:
+        graph = args.graph and place == "cuda"
+        rows = speed.benchmark(
+            models,
+            device=place,
+            batch_sizes=args.batch_size,
+            seq_len=seq_len,
+            rounds=args.rounds,
+            autocast_dtype=getattr(torch, args.dtype) if autocast else None,
+            compiled=args.compile,
+            graph=graph,
+        )
+        name = speed.device_name(torch.device(place))
+        results["devices"].append({"device": place, "name": name, "graph": graph, "rows": rows})
+        console.print(report.speed_table(results, results["devices"][-1]))
+    if args.json:
+        report.write_atomic(Path(args.json).expanduser(), json.dumps(results, indent=1) + "\n")
+
+
+def _short_names(paths: list[str]) -> dict[str, str]:
+    """{a name for the table: path}; the whole path where short ones are alike."""
+    from pathlib import Path
+
+    if len(set(paths)) < len(paths):
+        raise ValueError(f"There is nothing to compare: both models are {paths[0]!r}.")
+    folders = {path: Path(path).expanduser().resolve() for path in paths}
+    # A run keeps the models of its stages in folders like stages/0-train/model.
+    short = {f.parent.name if f.name == "model" else f.name: path for path, f in folders.items()}
+    return short if len(short) == len(paths) else {path: path for path in paths}
+
+
+def _load_for_speed(path: str, dtype):
+    """A language model with weights of `dtype`; an image classifier in fp32, since autocast casts what it runs."""
+    import torch
+
+    from .hub import load_model
+
+    model = load_model(path, dtype=dtype)
+    if model.main_input_name == "pixel_values" and dtype != torch.float32:
+        model = load_model(path, dtype=torch.float32)
+    return model
 
 
 def _check_classes(model, path: str, data) -> None:

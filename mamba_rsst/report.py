@@ -104,6 +104,50 @@ def _notes(results) -> str:
     )
 
 
+def speed_table(results: dict, device: dict):
+    """A rich Table of what `mamba-rsst bench` measured on one device: a line a measurement, a column a model.
+
+    results: {models: [{name, path, parameters}], dtype, compiled, seq_len, rounds, versions}, seq_len None for images.
+    device: {name, graph, rows}, rows as `speed.benchmark` returns them.
+    """
+    from rich import box
+    from rich.table import Table
+
+    models = [model["name"] for model in results["models"]]
+    how = [results["dtype"], *["compiled blocks"] * results["compiled"], *["CUDA graph"] * device["graph"]]
+    how += [f"prompt of {results['seq_len']} tokens"] if results["seq_len"] else []
+    versions = ", ".join(" ".join(item) for item in results["versions"].items())
+    table = Table(
+        title=f"{' against '.join(reversed(models))} on {device['name']}\n{', '.join(how)}; {versions}",
+        caption=f"Medians and quartiles of {results['rounds']} rounds in which the models take turns. "
+        "Peak memory: the weights, and the peak of one forward on top.",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("")
+    for column in ("Batch", *models, *["Speed-up"] * (len(models) > 1)):
+        table.add_column(column, justify="right")
+    first, *others = (model["parameters"] for model in results["models"])
+    compared = [f"{first / other:.2f}× fewer" for other in others]
+    table.add_row("parameters", "", *(f"{count:,}" for count in (first, *others)), *compared)
+    for (measure, batch), group in groupby(device["rows"], key=lambda row: (row["measure"], row["batch_size"])):
+        rows, memory = list(group), measure.endswith(", bytes")
+        better = [row["times_better"] for row in rows[1:]]
+        better = [MISSING if b is None else f"{b:.2f}×" + " less" * memory for b in better]
+        table.add_row(measure.removesuffix(", bytes"), f"{batch}", *(_speed(row, memory) for row in rows), *better)
+    return table
+
+
+def _speed(row, memory) -> str:
+    if row["value"] is None:
+        return "n/a"
+    if memory:
+        return f"{row['value'] / 2**20:,.1f} MiB"
+    digits = 0 if row["value"] >= 1000 else 1 if row["value"] >= 100 else 2 if row["value"] >= 10 else 3
+    value, low, high = (f"{row[key]:,.{digits}f}" for key in ("value", "low", "high"))
+    return f"{value} ({low}–{high})"
+
+
 def widths_table(table: list[dict]):
     """A rich Table of {layer, target, before, after}, then the total of each target with its sparsity."""
     from rich.table import Table

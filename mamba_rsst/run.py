@@ -1,7 +1,6 @@
 """One recipe from beginning to end: data, model, stages, then the table, the figures and the model card."""
 
 import json
-import os
 import platform
 import shutil
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch
 import transformers
 from transformers import ViTImageProcessorPil, set_seed
 
-from . import evaluation, report
+from . import evaluation, report, speed
 from .hub import load_model
 from .models import MambaForImageClassification, MambaRsstVisionConfig
 from .pruning import find_groups
@@ -22,8 +21,6 @@ from .training.trainer import RSSTTrainer
 
 RECIPE_FILE = "recipe.yaml"
 RESULTS_FILE = "results.json"
-MEASURED_BATCH = {"cpu": 64, "cuda": 512}
-"""Images at a time when the finished models are timed, by device: enough to keep it busy."""
 
 
 def run_recipe(recipe: Recipe, resume: bool = False) -> dict:
@@ -167,10 +164,10 @@ def _finish(trainer: RSSTTrainer, recipe: Recipe, data: ImageData, folder: Path)
             rows["recovered"] = (place.model(len(stages), stages), state.metrics[stages[-1].name]["end"])
     models = {name: type(model).from_pretrained(path).to(model.device) for name, (path, _) in rows.items()}
     size = (model.config.num_channels, model.config.image_size, model.config.image_size)
-    batch = MEASURED_BATCH.get(model.device.type, MEASURED_BATCH["cpu"])
+    batch = speed.default_batch_size(model)
     inputs = {"pixel_values": torch.randn(batch, *size, device=model.device)}
     dtype = torch.bfloat16 if trainer.args.bf16 else torch.float16 if trainer.args.fp16 else None
-    timings = evaluation.compare_throughput(models, inputs, autocast_dtype=dtype)
+    timings = speed.compare_throughput(models, inputs, autocast_dtype=dtype)
     table = [
         {
             "name": name,
@@ -180,7 +177,7 @@ def _finish(trainer: RSSTTrainer, recipe: Recipe, data: ImageData, folder: Path)
             "images_per_s": timings[name].items_per_s,
             "images_per_s_low": timings[name].low,
             "images_per_s_high": timings[name].high,
-            "peak_memory": evaluation.measure_peak_memory(models[name], inputs, autocast_dtype=dtype),
+            "peak_memory": speed.measure_peak_memory(models[name], inputs, autocast_dtype=dtype),
         }
         for name, (_, metrics) in rows.items()
     ]
@@ -192,7 +189,7 @@ def _finish(trainer: RSSTTrainer, recipe: Recipe, data: ImageData, folder: Path)
         "seed": trainer.args.seed,
         "rows": table,
         "batch_size": batch,
-        "device": _device_name(model.device) + (f", {str(dtype).removeprefix('torch.')}" if dtype else ""),
+        "device": speed.device_name(model.device) + (f", {str(dtype).removeprefix('torch.')}" if dtype else ""),
         "versions": {"python": platform.python_version(), "torch": torch.__version__}
         | {"transformers": transformers.__version__},
         "seconds": state.seconds,
@@ -222,9 +219,3 @@ def _finish(trainer: RSSTTrainer, recipe: Recipe, data: ImageData, folder: Path)
     report.write_atomic(folder / RESULTS_FILE, json.dumps(results, indent=1))  # last: it says that the run is finished
     shutil.rmtree(folder / "start", ignore_errors=True)
     return results
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"

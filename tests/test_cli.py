@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from tiny import make
 from tiny_runs import digits, load_stage, write_recipe
 
 from mamba_rsst import PruningConfig, cli, prune_
@@ -83,7 +84,7 @@ def images(tmp_path_factory):
     "argv, names",
     [
         ([], ["COMMAND"]),
-        (["trian", "x.yaml"], ["'trian'", "'train'", "'prune'", "'inspect'", "'eval'"]),
+        (["trian", "x.yaml"], ["'trian'", "'train'", "'prune'", "'inspect'", "'eval'", "'bench'"]),
         (["train"], ["recipe"]),
         (["train", "x.yaml", "--resmue"], ["--resmue"]),
         (["train", "x.yaml", "--resume", "seed"], ["seed"]),
@@ -91,6 +92,8 @@ def images(tmp_path_factory):
         (["prune", "m", "out", "--target", "d_inner", "--sparsity", "much"], ["--sparsity", "'much'"]),
         (["inspect", "m", "training.seed=1"], ["training.seed=1"]),
         (["eval", "m", "--batch-size", "many"], ["--batch-size", "'many'"]),
+        (["bench"], ["model"]),
+        (["bench", "m", "--batch-size", "4", "many"], ["--batch-size", "'many'"]),
     ],
 )
 def test_unknown_words(refused, argv, names):
@@ -249,14 +252,30 @@ def prune(model, out, *more, target="d_inner", sparsity=0.5):
         (("eval", "MODEL", "--batch-size", 0), ["--batch-size", "0"]),
         (("eval", "MODEL", "--device", "abacus"), ["--device", "'abacus'"]),
         (("eval", "BARE"), ["BARE", "--data"]),
+        (("bench", "./absent"), ["'./absent'"]),
+        (("bench", "MODEL", "--against", "./absent"), ["'./absent'"]),
+        (("bench", "MODEL", "--against", "MODEL"), ["nothing to compare", "MODEL"]),
+        (("bench", "MODEL", "--against", "WORDS"), ["different kinds", "images of 3x8x8", "vocabulary of 53"]),
+        (("bench", "MODEL", "--batch-size", 4, 0), ["batch size", "0"]),
+        (("bench", "WORDS", "--seq-len", 0), ["sequence length", "0"]),
+        (("bench", "MODEL", "--seq-len", 9), ["--seq-len", "language models"]),
+        (("bench", "MODEL", "--rounds", 0), ["rounds", "0"]),
+        (("bench", "MODEL", "--device", "abacus"), ["--device", "'abacus'", "'cuda'"]),
+        (("bench", "MODEL", "--dtype", "int4"), ["--dtype", "'int4'", "'bfloat16'"]),
+        (("bench", "MODEL", "--device", "both"), ["--device both", "no CUDA device"]),
+        (("bench", "MODEL", "--graph", "--device", "cpu"), ["--graph", "CUDA"]),
+        (("bench", "MODEL", "--json", "."), ["--json", "'.'", "folder"]),
     ],
 )
-def test_prune_inspect_and_eval_refuse(refused, finished_run, tmp_path, argv, names):
+def test_prune_inspect_eval_and_bench_refuse(refused, finished_run, tmp_path, argv, names, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     bare = tmp_path / "bare"
     bare.mkdir()
     for name in ("config.json", "model.safetensors"):
         shutil.copy(finished_run[0] / name, bare)
-    places = {"MODEL": str(finished_run[0]), "BARE": str(bare)}
+    places = {"MODEL": str(finished_run[0]), "BARE": str(bare), "WORDS": str(tmp_path / "words")}
+    if "WORDS" in argv:
+        make("mamba").save_pretrained(places["WORDS"])
     before = files_below(finished_run[0])
     error = refused(*(places.get(word, word) for word in argv))
     assert all(places.get(name, name) in error for name in names), error

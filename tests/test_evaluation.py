@@ -1,32 +1,18 @@
-import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import Keyword
 from torch import nn
 
 from mamba_rsst.evaluation import (
-    compare_throughput,
     count_macs,
     count_macs_per_item,
     count_parameters,
     evaluate_images,
-    measure_peak_memory,
-    measure_throughput,
     weight_bytes,
 )
-
-
-class Keyword(nn.Module):
-    """`model(x=...)` around a module that takes its input by position."""
-
-    def __init__(self, *layers):
-        super().__init__()
-        self.layers = nn.Sequential(*layers)
-
-    def forward(self, x):
-        return self.layers(x)
 
 
 class Attention(nn.Module):
@@ -36,21 +22,6 @@ class Attention(nn.Module):
 
     def forward(self, x):
         return F.scaled_dot_product_attention(x * self.scale, x, x)
-
-
-class Sleeper(nn.Module):
-    """Takes `seconds` a forward and writes its name down."""
-
-    def __init__(self, seconds, name="", diary=None):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(()))
-        self.seconds, self.name, self.diary = seconds, name, diary
-
-    def forward(self, x):
-        if self.diary is not None:
-            self.diary.append(self.name)
-        time.sleep(self.seconds)
-        return x
 
 
 # ---- counting ----
@@ -99,68 +70,6 @@ def test_macs_name_a_custom_op_without_formula():
 def test_inputs_without_a_batch_are_refused():
     with pytest.raises(ValueError, match="holds no batch"):
         count_macs(Keyword(nn.Linear(2, 2)), {})
-
-
-# ---- time ----
-def test_throughput_of_a_known_duration():
-    timing = measure_throughput(Sleeper(0.004), {"x": torch.zeros(8, 1)}, min_seconds=0.1, min_runs=3)
-    assert (timing.batch_size, timing.device) == (8, "cpu")
-    assert timing.low <= timing.items_per_s <= timing.high
-    assert 200 < timing.items_per_s <= 8 / 0.004  # sleeping takes at least as long as asked, on a busy box far longer
-
-
-def test_comparison_takes_turns_and_orders_by_size():
-    diary, inputs = [], {"x": torch.zeros(2, 1)}
-    models = {name: Sleeper(0.002, name, diary) for name in "abc"}
-    compare_throughput(models, inputs, rounds=3, run_seconds=1e-9, warmup=0)
-    assert diary == list("abc") + list("abc") * 3  # one each to size the runs, then the rounds
-
-    sizes = {"small": 16, "big": 1024}
-    models = {name: Keyword(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 64)) for name, width in sizes.items()}
-    timings = compare_throughput(models, {"x": torch.randn(64, 64)}, rounds=5, run_seconds=0.01)
-    assert list(timings) == ["small", "big"]
-    assert timings["small"].items_per_s > 1.5 * timings["big"].items_per_s
-
-
-def test_nothing_to_time_is_an_error():
-    inputs = {"x": torch.zeros(2, 1)}
-    with pytest.raises(ValueError, match="0 models"):
-        compare_throughput({}, inputs)
-    with pytest.raises(ValueError, match="`rounds` = 0"):
-        compare_throughput({"a": Sleeper(0)}, inputs, rounds=0)
-    with pytest.raises(ValueError, match="`min_runs`"):
-        measure_throughput(Sleeper(0), inputs, min_runs=0)
-
-
-def test_modes_come_back_and_autocast_is_used():
-    seen = []
-    model = Keyword(nn.Linear(4, 4), nn.Dropout())
-    model.train()
-    model.layers[1].eval()
-    model.layers[0].register_forward_hook(lambda module, args, output: seen.append((module.training, output.dtype)))
-    inputs = {"x": torch.randn(2, 4)}
-    measure_throughput(model, inputs, min_seconds=0, min_runs=1, warmup=0, autocast_dtype=torch.bfloat16)
-    compare_throughput({"a": model, "b": model}, inputs, rounds=1, run_seconds=1e-9, warmup=0)
-    measure_peak_memory(model, inputs)
-    assert {training for training, _ in seen} == {False}
-    assert {dtype for _, dtype in seen} == {torch.bfloat16, torch.float32}
-    assert [module.training for module in model.modules()] == [True, True, True, False]
-
-
-# ---- memory ----
-def test_peak_memory_grows_with_the_batch():
-    model = Keyword(nn.Linear(256, 4096), nn.ReLU(), nn.Linear(4096, 256))
-    peaks = [measure_peak_memory(model, {"x": torch.randn(batch, 256)}) for batch in (512, 2048)]
-    if None in peaks:
-        pytest.skip("this system does not tell a process's peak memory")
-    for peak, batch in zip(peaks, (512, 2048), strict=True):
-        activations = 2 * 4 * batch * 4096  # the hidden layer before and after the ReLU live at once
-        assert peak == pytest.approx(weight_bytes(model) + activations, rel=0.3)
-
-
-def test_peak_memory_is_not_known_without_the_kernels_help(monkeypatch):
-    monkeypatch.setattr("mamba_rsst.evaluation.ctypes.CDLL", lambda name: object())  # a C library without malloc_trim
-    assert measure_peak_memory(Keyword(nn.Linear(2, 2)), {"x": torch.zeros(1, 2)}) is None
 
 
 # ---- accuracy ----

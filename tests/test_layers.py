@@ -19,6 +19,7 @@ FLOORS = {
     "hub": {"models", "pruning", "supernet", "training"},
     "convert": {"models", "pruning", "supernet", "training"},
     "evaluation": {"models", "pruning", "supernet", "training"},
+    "speed": {"models", "pruning", "supernet", "training", "evaluation", "_version"},
     "report": {"models", "pruning", "supernet", "training"},
 }
 TOP = ("recipe", "run", "cli", "__init__", "__main__")

@@ -11,7 +11,7 @@ from PIL import Image
 from tiny_runs import RECIPE, assert_same_state, digits, load_stage, write_recipe
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from mamba_rsst import evaluation, report
+from mamba_rsst import report, speed
 from mamba_rsst.evaluation import count_macs_per_item
 from mamba_rsst.recipe import load_recipe
 from mamba_rsst.run import run_recipe
@@ -20,8 +20,8 @@ from mamba_rsst.run import run_recipe
 @pytest.fixture(autouse=True)
 def hasty(finished_run, monkeypatch):
     """Runs after the finished one take no time to measure theirs."""
-    whole = evaluation.compare_throughput
-    monkeypatch.setattr(evaluation, "compare_throughput", functools.partial(whole, rounds=2, run_seconds=0.001))
+    whole = speed.compare_throughput
+    monkeypatch.setattr(speed, "compare_throughput", functools.partial(whole, rounds=2, run_seconds=0.001))
 
 
 def evaluate(model, processor):

@@ -1,6 +1,7 @@
 """Models for tests: tiny, every size another, every parameter perturbed, so that no axis and no slice can hide."""
 
 import torch
+from torch import nn
 from transformers import FalconMambaConfig, FalconMambaForCausalLM, MambaConfig, MambaForCausalLM
 
 from mamba_rsst import MambaForImageClassification, MambaRsstVisionConfig
@@ -91,3 +92,14 @@ def even_masks(groups, seed=0):
         )
         for g in groups
     }
+
+
+class Keyword(nn.Module):
+    """`model(x=...)` around a module that takes its input by position."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x):
+        return self.layers(x)

@@ -45,7 +45,8 @@ class PruningConfig:
     """Every layer keeps at least this fraction of its channels, and at least one."""
 
     round_to: int = 8
-    """Kept widths are multiples of this, as the hardware likes them; a layer that loses nothing keeps its width."""
+    """Kept widths are multiples of this; a layer that loses nothing keeps its width. A number and never "what this
+    machine likes": the same call must cut the same model everywhere. Why 8: docs/BENCHMARKS.md, which widths pay."""
 
     seed: int = 0
     """For the `random` score."""

@@ -22,9 +22,10 @@ from ..pruning import Masks, PruningConfig, find_groups, leaving_share, select_c
 from ..pruning.masks import kept_widths
 from ..pruning.penalty import MAX_DECAY, decay_, group_lasso, strength_for
 from ..pruning.schedules import schedule_value
-from .acceleration import GraphedStep, compile_blocks
 from .arguments import RSSTConfig
+from .compiling import compile_blocks_
 from .data import EpochSampler
+from .graphed_step import GraphedStep
 from .rounds import (
     RunFolder,
     RunState,
@@ -177,7 +178,7 @@ class RSSTTrainer(Trainer):
         if stage.epochs > 0:
             self._fresh_optimizer()
             if self.args.compile_blocks:
-                compile_blocks(self.model)
+                compile_blocks_(self.model)
             set_seed(self.args.seed + index)
             output = super().train(
                 resume_from_checkpoint=last_complete_checkpoint(folder, self.args.world_size), **kwargs

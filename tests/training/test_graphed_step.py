@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from mamba_rsst import RSSTConfig, RSSTTrainer
-from mamba_rsst.training.acceleration import GraphedStep, compile_blocks
+from mamba_rsst.training.compiling import compile_blocks_
+from mamba_rsst.training.graphed_step import GraphedStep
 from tests.tiny import batch_of, make
 
 
@@ -161,4 +162,4 @@ def test_cuda_graphs_name_what_they_do_not_go_with(name):
 
 def test_compiling_needs_blocks():
     with pytest.raises(ValueError, match="Net does not say which modules are its blocks"):
-        compile_blocks(Net())
+        compile_blocks_(Net())

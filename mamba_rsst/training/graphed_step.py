@@ -1,26 +1,9 @@
-"""Faster training steps: compiled blocks, and a step recorded as one CUDA graph, whose launches cost nothing."""
+"""A training step as one CUDA graph: recorded once, then replayed, so that launching its kernels costs nothing."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-
-
-def compile_blocks(model: nn.Module) -> None:
-    """Compile the model's repeated blocks one by one: blocks of the same widths share their compiled code.
-
-    Raises ValueError for a model that does not name its blocks (`_no_split_modules`).
-    """
-    names = getattr(model, "_no_split_modules", None) or ()
-    blocks = [module for module in model.modules() if type(module).__name__ in names]
-    if not blocks:
-        raise ValueError(f"{type(model).__name__} does not say which modules are its blocks, to compile them.")
-    # Past torch's limit blocks silently run uncompiled; each may have its own widths, in training and evaluating.
-    limits = torch._dynamo.config
-    name = "recompile_limit" if hasattr(limits, "recompile_limit") else "cache_size_limit"  # before torch 2.7
-    setattr(limits, name, max(getattr(limits, name), 8 * len(blocks)))
-    for block in blocks:
-        block.compile(dynamic=False)
 
 
 class GraphedStep:

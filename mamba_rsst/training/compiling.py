@@ -1,0 +1,20 @@
+"""torch.compile for a model's repeated blocks, in training and in inference alike."""
+
+import torch
+
+
+def compile_blocks_(model) -> None:
+    """Compile the model's repeated blocks one by one: blocks of the same widths share their compiled code.
+
+    The first batch size gets code of its own, the second code for any batch size. The model's class says which they are (`_no_split_modules`); ValueError where it does not.
+    """
+    names = getattr(model, "_no_split_modules", None) or ()
+    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    if not blocks:
+        raise ValueError(f"`compile_blocks`: {type(model).__name__} does not say which modules are its blocks.")
+    # Past torch's limit blocks silently run uncompiled; each may have its own widths, in training and evaluating.
+    limits = torch._dynamo.config
+    name = "recompile_limit" if hasattr(limits, "recompile_limit") else "cache_size_limit"  # before torch 2.7
+    setattr(limits, name, max(getattr(limits, name), 8 * len(blocks)))
+    for block in blocks:
+        block.compile()
