@@ -15,6 +15,7 @@ All but the loop are timed as replays of a CUDA graph: launches are free.
 """
 
 import argparse
+import math
 import statistics
 
 import torch
@@ -29,6 +30,7 @@ SHAPES = {  # directions, batch, length, channels, states
     "language model": (1, 8, 2048, 1536, 16),
 }
 LONGEST_FOR_THE_LOOP = 256
+EXPONENTIALS_PER_SECOND = 3.8e12  # measured on an H200: one a state and step is the least that a forward takes
 
 
 def make_inputs(shape, dtype):
@@ -99,14 +101,18 @@ def milliseconds(run, repeats):
 
 
 def time_scan(prepare, shape, dtype, graph=True):
-    """(forward, backward) in ms."""
+    """(forward without gradients, forward that saves for a backward, backward), in ms."""
     run, leaves, gradients = prepare(*make_inputs(shape, dtype))
 
     def both():
         return torch.autograd.grad(run(), leaves, gradients)
 
+    def inference():
+        with torch.no_grad():
+            return run()
+
     results = []
-    for function in (run, both):
+    for function in (inference, run, both):
         if not graph:
             results.append(milliseconds(function, 1))
             continue
@@ -122,8 +128,8 @@ def time_scan(prepare, shape, dtype, graph=True):
         captured.replay()
         results.append(milliseconds(captured.replay, 30))
         del captured
-    forward, both = results
-    return forward, both - forward
+    inference, forward, both = results
+    return inference, forward, both - forward
 
 
 def main():
@@ -140,7 +146,9 @@ def main():
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {arguments.dtype}")
     for title, shape in SHAPES.items():
         print(f"\n{title}: directions, batch, length, channels, states = {shape}")
-        print(f"  {'':11} {'forward, ms':>11} {'backward, ms':>12}   times faster than {base}")
+        floor = 1e3 * math.prod(shape) / EXPONENTIALS_PER_SECOND
+        print(f"  {'ms':11} {'inference':>9} {'forward':>9} {'backward':>9}   times faster than {base}")
+        print(f"  {'exponentials':12} {floor:8.3f}   (the floor of a forward on an H200)")
         times = {}
         for name, prepare in scans.items():
             if name in absent:
@@ -150,7 +158,7 @@ def main():
                 continue
             times[name] = time_scan(prepare, shape, dtype, graph=name != "reference")
             ratios = [f"{b / own:.2f}x" for b, own in zip(times.get(base, ()), times[name])]
-            print("  {:11} {:11.3f} {:12.3f}   {}".format(name, *times[name], " / ".join(ratios)), flush=True)
+            print("  {:11} {:9.3f} {:9.3f} {:9.3f}   {}".format(name, *times[name], " / ".join(ratios)), flush=True)
             torch.cuda.empty_cache()
 
 

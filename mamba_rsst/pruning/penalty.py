@@ -51,12 +51,45 @@ def group_lasso(groups: Iterable[Group], masks: Masks, scope: str = "leaving") -
     for group in groups:
         if scope == "leaving" and group.name not in masks:
             continue
-        squares = sum(view.per_channel(view.tensor.square()) for view in group.scored_views())
-        norms = (squares + 1e-12).sqrt()  # the root has no gradient at 0
+        views = list(group.scored_views())
+        norms = _ChannelNorms.apply(views, *{id(v.parameter): v.parameter for v in views}.values())
         if scope == "leaving":  # not by index, whose length only the CPU could know
             norms = norms * ~masks[group.name].to(norms.device)
         total = norms.sum() if total is None else total + norms.sum()
     return torch.zeros(()) if total is None else total
+
+
+class _ChannelNorms(torch.autograd.Function):
+    """||w_g||_2 of a group's channels, (size,) fp32, with its gradient w_g / ||w_g|| (0 at 0) written out.
+
+    Through autograd each slice would cost a dozen small kernels and a tensor of its whole parameter's size.
+    """
+
+    @staticmethod
+    def forward(ctx, views, *parameters):
+        ctx.views = views
+        norms = torch.stack([_norm_along(v.tensor.detach(), v.axis) for v in views])
+        norms = torch.linalg.vector_norm(norms, dim=0)
+        ctx.save_for_backward(norms, *parameters)
+        return norms
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        norms, *parameters = ctx.saved_tensors
+        factor = torch.where(norms > 0, grad / norms, 0.0)
+        grads = {id(p): torch.zeros_like(p) for p in parameters}
+        for view in ctx.views:
+            along = view.along(factor).to(view.parameter.dtype)
+            view.of(grads[id(view.parameter)]).addcmul_(view.tensor.detach(), along)
+        return None, *grads.values()
+
+
+def _norm_along(x: Tensor, axis: int) -> Tensor:
+    """L2 norm over all axes but one, fp32 or better."""
+    others = [d for d in range(x.dim()) if d != axis]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.linalg.vector_norm(x, dim=others, dtype=dtype) if others else x.abs().to(dtype)
 
 
 @torch.no_grad()
