@@ -1,4 +1,4 @@
-"""The command line: train, prune, inspect, eval. Bad input is one sentence and exit code 2."""
+"""The command line: train, prune, inspect, eval, convert. Bad input is one sentence and exit code 2."""
 
 import argparse
 import os
@@ -78,6 +78,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--batch-size", type=int, default=64)
     evaluate.add_argument("--device", help="default: cuda where there is one, else cpu")
     evaluate.set_defaults(run=_eval)
+
+    convert = commands.add_parser("convert", help="a Mamba checkpoint of transformers or mamba_ssm as this package's")
+    convert.add_argument("model", help="folder or hub id")
+    convert.add_argument("out", help="folder for the converted model; must not exist")
+    convert.set_defaults(run=_convert)
     return parser
 
 
@@ -97,9 +102,7 @@ def _prune(args) -> None:
     from .pruning import PruningConfig, prune_
     from .report import widths_table
 
-    out = Path(args.out).expanduser()
-    if out.exists() and not args.dry_run:
-        raise ValueError(f"{args.out!r} exists; choose a new folder.")
+    out = Path(args.out).expanduser() if args.dry_run else _new_folder(args.out)
     settings = {
         "targets": args.target,
         "sparsity": args.sparsity,
@@ -122,6 +125,25 @@ def _prune(args) -> None:
     if not args.dry_run:
         _save_beside(model, args.model, out)
         console.print(f"Saved to {args.out}. It has not been trained since the cut.")
+
+
+def _convert(args) -> None:
+    from .convert import convert_checkpoint
+    from .evaluation import count_parameters
+
+    out = _new_folder(args.out)
+    model = convert_checkpoint(args.model)
+    _save_beside(model, args.model, out)
+    print(f"Saved to {args.out}: {count_parameters(model):,} parameters ({model.dtype}).")
+
+
+def _new_folder(name: str):
+    from pathlib import Path
+
+    out = Path(name).expanduser()
+    if out.exists():
+        raise ValueError(f"{name!r} exists; choose a new folder.")
+    return out
 
 
 def _save_beside(model, source: str, out) -> None:

@@ -1,0 +1,88 @@
+"""Checkpoints of other libraries, as MambaForCausalLM: transformers' Mamba and FalconMamba, and mamba_ssm's format."""
+
+import math
+import os
+import pickle
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers.utils import cached_file
+
+from .hub import load_checked, read_config
+from .models import MambaForCausalLM, MambaRsstConfig
+from .models.configuration_mamba_rsst import TRANSFORMERS_TYPES
+
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+
+# mamba_ssm's names -> ours: of MambaConfig's ssm_cfg, which go to its Mamba module, ...
+_SSM_CFG = {
+    **{"d_state": "d_state", "d_conv": "d_conv", "expand": "expand", "dt_rank": "dt_rank"},
+    **{"dt_min": "time_step_min", "dt_max": "time_step_max", "dt_scale": "time_step_scale"},
+    **{"dt_init_floor": "time_step_floor", "conv_bias": "use_conv_bias", "bias": "use_bias"},
+}
+# ... and of those the ones that say nothing about a trained model: a kernel, an initialisation, the layer's version.
+_SSM_CFG_WITHOUT_MEANING = ("layer", "use_fast_path", "dt_init")
+
+
+def convert_checkpoint(path: str | os.PathLike, **kwargs) -> MambaForCausalLM:
+    """A checkpoint of transformers or mamba_ssm from a local folder or the Hub; kwargs go to from_pretrained.
+
+    Raises FileNotFoundError or ValueError naming what is wrong: another format or architecture, unreadable weights,
+    missing, extra or ill-fitting ones.
+    """
+    name = str(path)
+    content = read_config(name)
+    if content.get("model_type") in TRANSFORMERS_TYPES:
+        return load_checked(MambaForCausalLM, name, **kwargs)
+    if "model_type" in content or not {"d_model", "n_layer"} <= set(content):
+        raise ValueError(
+            f"{name!r} has model_type {content.get('model_type')!r}; what can be converted are "
+            f"{list(TRANSFORMERS_TYPES)} and the format of mamba_ssm, whose config.json has d_model and n_layer."
+        )
+    try:
+        config = config_from_mamba_ssm(content)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name!r} cannot be converted: {error}") from error
+    weights = {key.replace("backbone.embedding.", "backbone.embeddings."): v for key, v in _read_weights(name).items()}
+    return load_checked(MambaForCausalLM, name, state_dict=weights, config=config, **kwargs)
+
+
+def config_from_mamba_ssm(content: dict) -> MambaRsstConfig:
+    """The config.json of a mamba_ssm checkpoint, parsed, as this package's config.
+
+    Raises ValueError for what this package's model does not have: Mamba-2, attention layers, gated MLPs, unknown keys.
+    """
+    ssm = content.get("ssm_cfg") or {}
+    if (layer := ssm.get("layer", "Mamba1")) != "Mamba1":
+        raise ValueError(f"its layers are {layer}, and only Mamba1 is supported.")
+    for key, what in (("attn_layer_idx", "attention layers"), ("d_intermediate", "gated MLPs")):
+        if content.get(key):
+            raise ValueError(f"it has {what} ({key!r} is {content[key]!r}), which are not supported.")
+    if unknown := sorted(set(ssm) - set(_SSM_CFG) - set(_SSM_CFG_WITHOUT_MEANING)):
+        raise ValueError(f"unknown key {unknown[0]!r} in its ssm_cfg; known are {sorted(_SSM_CFG)}.")
+    multiple = content.get("pad_vocab_size_multiple", 8)
+    return MambaRsstConfig(
+        hidden_size=content["d_model"],
+        num_hidden_layers=content["n_layer"],
+        vocab_size=math.ceil(content.get("vocab_size", 50277) / multiple) * multiple,
+        norm="rms" if content.get("rms_norm", True) else "layer",
+        residual_in_fp32=content.get("residual_in_fp32", True),
+        tie_word_embeddings=content.get("tie_embeddings", True),
+        **{_SSM_CFG[key]: value for key, value in ssm.items() if key in _SSM_CFG},
+    )
+
+
+def _read_weights(name: str) -> dict[str, torch.Tensor]:
+    for file in WEIGHTS:
+        found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+        if found is None:
+            continue
+        try:
+            if file.endswith(".safetensors"):
+                return load_file(found)
+            return torch.load(found, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+            raise ValueError(f"{Path(found).name} of {name!r} cannot be read as tensors: {error}") from error
+    raise FileNotFoundError(f"{name!r} has no weights: looked for {' and '.join(WEIGHTS)}.")
