@@ -3,13 +3,13 @@
 import math
 import os
 import pickle
-from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers.utils import cached_file
 
-from .hub import load_checked, read_config
+from .hub import load_checked, one_line, read_config
 from .models import MambaForCausalLM, MambaRsstConfig
 from .models.configuration_mamba_rsst import TRANSFORMERS_TYPES
 
@@ -44,9 +44,8 @@ def convert_checkpoint(path: str | os.PathLike, **kwargs) -> MambaForCausalLM:
     try:
         config = config_from_mamba_ssm(content)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{name!r} cannot be converted: {error}") from error
-    weights = {key.replace("backbone.embedding.", "backbone.embeddings."): v for key, v in _read_weights(name).items()}
-    return load_checked(MambaForCausalLM, name, state_dict=weights, config=config, **kwargs)
+        raise ValueError(f"{name!r} cannot be converted: {one_line(error)}") from error
+    return load_checked(MambaForCausalLM, name, state_dict=_read_weights(name), config=config, **kwargs)
 
 
 def config_from_mamba_ssm(content: dict) -> MambaRsstConfig:
@@ -80,9 +79,15 @@ def _read_weights(name: str) -> dict[str, torch.Tensor]:
         if found is None:
             continue
         try:
-            if file.endswith(".safetensors"):
-                return load_file(found)
-            return torch.load(found, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-            raise ValueError(f"{Path(found).name} of {name!r} cannot be read as tensors: {error}") from error
+            weights = load_file(found) if file.endswith(".safetensors") else _unpickle(found)
+        except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+            raise ValueError(f"{file} of {name!r} cannot be read as tensors: {one_line(error)}") from error
+        return {key.replace("backbone.embedding.", "backbone.embeddings."): value for key, value in weights.items()}
     raise FileNotFoundError(f"{name!r} has no weights: looked for {' and '.join(WEIGHTS)}.")
+
+
+def _unpickle(file: str) -> dict[str, torch.Tensor]:
+    weights = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise pickle.UnpicklingError(f"it holds a {type(weights).__name__}, not named tensors.")
+    return weights

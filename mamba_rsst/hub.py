@@ -34,7 +34,7 @@ def load_model(path: str | os.PathLike, **kwargs) -> PreTrainedModel:
     except OSError as error:
         raise FileNotFoundError(f"Neither a folder nor a model on the Hub that can be reached: {name!r}.") from error
     except (ValueError, TypeError, StrictDataclassError) as error:
-        raise ValueError(f"{name!r} has a config.json that describes no model: {_one_line(error)}") from error
+        raise ValueError(f"{name!r} has a config.json that describes no model: {one_line(error)}") from error
     if config.model_type not in AUTO_CLASSES:
         raise ValueError(f"{name!r} has model_type {config.model_type!r}; supported are {sorted(AUTO_CLASSES)}.")
     return load_checked(AUTO_CLASSES[config.model_type], name, config=config, **kwargs)
@@ -73,11 +73,11 @@ def load_checked(loader, name: str, state_dict: dict | None = None, **kwargs) ->
             **source, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
     except OSError as error:
-        raise FileNotFoundError(f"{name!r} has no weights that can be read: {_one_line(error)}") from error
+        raise FileNotFoundError(f"{name!r} has no weights that can be read: {one_line(error)}") from error
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
             raise
-        raise ValueError(f"The weights of {name!r} are damaged: {_one_line(error)}") from error
+        raise ValueError(f"The weights of {name!r} are damaged: {one_line(error)}") from error
     finally:
         logging.set_verbosity(verbosity)
     for kind, what in (
@@ -95,5 +95,6 @@ def _is_local(name: str) -> bool:
     return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1
 
 
-def _one_line(error) -> str:
+def one_line(error) -> str:
+    """What a library says over many lines, for the end of a sentence."""
     return " ".join(str(error).split())[:300]
