@@ -105,9 +105,7 @@ def test_wrong_language_values():
         {},
         dict(hidden_size=20, expand=3, state_size=7, time_step_rank=5, conv_kernel=3, num_hidden_layers=4),
         dict(use_bias=True, use_conv_bias=False, residual_in_fp32=False, tie_word_embeddings=False, vocab_size=9),
-        dict(
-            intermediate_size=70, time_step_max=0.2, time_step_floor=1e-3, initializer_range=0.3, eos_token_id=[1]
-        ),
+        dict(intermediate_size=70, time_step_max=0.2, time_step_floor=1e-3, initializer_range=0.3, eos_token_id=[1]),
     ],
     ids=str,
 )
