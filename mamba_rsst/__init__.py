@@ -1,12 +1,14 @@
 """mamba_rsst: Mamba models made really smaller and really faster inside the Hugging Face ecosystem."""
 
-from transformers import AutoConfig, AutoModelForImageClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification
 
 from ._version import __version__
 from .models import (
+    MambaForCausalLM,
     MambaForImageClassification,
     MambaMixer,
     MambaRsstConfig,
+    MambaRsstModel,
     MambaRsstVisionConfig,
     MambaVisionModel,
     selective_scan,
@@ -24,11 +26,14 @@ from .pruning import (
 
 # transformers' Auto classes load our checkpoints once this package is imported; saving one also copies the model files
 # beside it, so that it loads with trust_remote_code=True where the package is absent.
-AutoConfig.register(MambaRsstVisionConfig.model_type, MambaRsstVisionConfig, exist_ok=True)
-AutoConfig.register(MambaRsstConfig.model_type, MambaRsstConfig, exist_ok=True)
-AutoModelForImageClassification.register(MambaRsstVisionConfig, MambaForImageClassification, exist_ok=True)
-MambaRsstVisionConfig.register_for_auto_class()
-MambaForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+for _config, _auto, _model in (
+    (MambaRsstConfig, AutoModelForCausalLM, MambaForCausalLM),
+    (MambaRsstVisionConfig, AutoModelForImageClassification, MambaForImageClassification),
+):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    _auto.register(_config, _model, exist_ok=True)
+    _config.register_for_auto_class()
+    _model.register_for_auto_class(_auto.__name__)
 
 _LAZY = {
     "RSSTConfig": "training.arguments",
@@ -49,9 +54,11 @@ def __getattr__(name):
 
 
 __all__ = [
+    "MambaForCausalLM",
     "MambaForImageClassification",
     "MambaMixer",
     "MambaRsstConfig",
+    "MambaRsstModel",
     "MambaRsstVisionConfig",
     "MambaVisionModel",
     "PruningConfig",

@@ -1,4 +1,4 @@
-"""The command line: train, prune, inspect, eval, bench. Bad input is one sentence and exit code 2."""
+"""The command line: train, prune, inspect, eval, bench, convert. Bad input is one sentence and exit code 2."""
 
 import argparse
 import os
@@ -96,6 +96,11 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--rounds", type=int, default=10, help="turns of each model (default 10)")
     bench.add_argument("--json", metavar="FILE", help="write the figures there too")
     bench.set_defaults(run=_bench)
+
+    convert = commands.add_parser("convert", help="a Mamba checkpoint of transformers or mamba_ssm as this package's")
+    convert.add_argument("model", help="folder or hub id")
+    convert.add_argument("out", help="folder for the converted model; must not exist")
+    convert.set_defaults(run=_convert)
     return parser
 
 
@@ -115,9 +120,7 @@ def _prune(args) -> None:
     from .pruning import PruningConfig, prune_
     from .report import widths_table
 
-    out = Path(args.out).expanduser()
-    if out.exists() and not args.dry_run:
-        raise ValueError(f"{args.out!r} exists; choose a new folder.")
+    out = Path(args.out).expanduser() if args.dry_run else _new_folder(args.out)
     settings = {
         "targets": args.target,
         "sparsity": args.sparsity,
@@ -140,6 +143,25 @@ def _prune(args) -> None:
     if not args.dry_run:
         _save_beside(model, args.model, out)
         console.print(f"Saved to {args.out}. It has not been trained since the cut.")
+
+
+def _convert(args) -> None:
+    from .convert import convert_checkpoint
+    from .evaluation import count_parameters
+
+    out = _new_folder(args.out)
+    model = convert_checkpoint(args.model)
+    _save_beside(model, args.model, out)
+    print(f"Saved to {args.out}: {count_parameters(model):,} parameters ({model.dtype}).")
+
+
+def _new_folder(name: str):
+    from pathlib import Path
+
+    out = Path(name).expanduser()
+    if out.exists():
+        raise ValueError(f"{name!r} exists; choose a new folder.")
+    return out
 
 
 def _save_beside(model, source: str, out) -> None:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedModel
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 
 AUTO_CLASSES = {
+    "mamba_rsst": AutoModelForCausalLM,
     "mamba_rsst_vision": AutoModelForImageClassification,
     "mamba": AutoModelForCausalLM,
     "falcon_mamba": AutoModelForCausalLM,
@@ -25,16 +26,7 @@ def load_model(path: str | os.PathLike, **kwargs) -> PreTrainedModel:
     """
     name = str(path)
     if _is_local(name):
-        folder = Path(name)
-        if not folder.is_dir():
-            raise FileNotFoundError(f"There is no model folder {name!r}.")
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"{name!r} has no config.json: it is not a saved model.")
-        try:
-            content = json.loads((folder / "config.json").read_text())
-        except ValueError as error:
-            raise ValueError(f"{name!r} has a config.json that is not valid JSON: {error}") from error
-        model_type = content.get("model_type") if isinstance(content, dict) else None
+        model_type = read_config(name).get("model_type")
         if not isinstance(model_type, str) or model_type not in AUTO_CLASSES:
             raise ValueError(f"{name!r} has model_type {model_type!r}; supported are {sorted(AUTO_CLASSES)}.")
     try:
@@ -42,21 +34,50 @@ def load_model(path: str | os.PathLike, **kwargs) -> PreTrainedModel:
     except OSError as error:
         raise FileNotFoundError(f"Neither a folder nor a model on the Hub that can be reached: {name!r}.") from error
     except (ValueError, TypeError, StrictDataclassError) as error:
-        raise ValueError(f"{name!r} has a config.json that describes no model: {_one_line(error)}") from error
+        raise ValueError(f"{name!r} has a config.json that describes no model: {one_line(error)}") from error
     if config.model_type not in AUTO_CLASSES:
         raise ValueError(f"{name!r} has model_type {config.model_type!r}; supported are {sorted(AUTO_CLASSES)}.")
+    return load_checked(AUTO_CLASSES[config.model_type], name, config=config, **kwargs)
+
+
+def read_config(name: str) -> dict:
+    """config.json of a local folder or of a model on the Hub, as it stands there; {} if it holds no mapping.
+
+    Raises FileNotFoundError or ValueError naming what is wrong.
+    """
+    if _is_local(name) and not Path(name).is_dir():
+        raise FileNotFoundError(f"There is no model folder {name!r}.")
+    if _is_local(name) and not (Path(name) / "config.json").is_file():
+        raise FileNotFoundError(f"{name!r} has no config.json: it is not a saved model.")
+    try:
+        file = Path(cached_file(name, "config.json"))
+    except OSError as error:
+        raise FileNotFoundError(f"Neither a folder nor a model on the Hub that can be reached: {name!r}.") from error
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{name!r} has a config.json that is not valid JSON: {error}") from error
+    return content if isinstance(content, dict) else {}
+
+
+def load_checked(loader, name: str, state_dict: dict | None = None, **kwargs) -> PreTrainedModel:
+    """`loader.from_pretrained(name)`, or from a state dict that was read from there, every weight accounted for.
+
+    Raises FileNotFoundError or ValueError for weights that are absent, damaged, missing, extra or ill-fitting.
+    """
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # what does not fit is said once, below
     try:
-        model, info = AUTO_CLASSES[config.model_type].from_pretrained(
-            name, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        source = {"state_dict": state_dict, "pretrained_model_name_or_path": None if state_dict else name}
+        model, info = loader.from_pretrained(
+            **source, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
     except OSError as error:
-        raise FileNotFoundError(f"{name!r} has no weights that can be read: {_one_line(error)}") from error
+        raise FileNotFoundError(f"{name!r} has no weights that can be read: {one_line(error)}") from error
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
             raise
-        raise ValueError(f"The weights of {name!r} are damaged: {_one_line(error)}") from error
+        raise ValueError(f"The weights of {name!r} are damaged: {one_line(error)}") from error
     finally:
         logging.set_verbosity(verbosity)
     for kind, what in (
@@ -74,5 +95,6 @@ def _is_local(name: str) -> bool:
     return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1
 
 
-def _one_line(error) -> str:
+def one_line(error) -> str:
+    """What a library says over many lines, for the end of a sentence."""
     return " ".join(str(error).split())[:300]

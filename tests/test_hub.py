@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import logits_of, make
+from tiny import LANGUAGE, logits_of, make
 from tiny_runs import assert_same_state, load_stage
 from transformers.utils.logging import get_verbosity
 
@@ -129,7 +129,7 @@ def test_a_whole_folder_loads(finished_run):
     assert load_model(str(finished_run[0]), dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("kind", ["v1", "none", "mamba", "falcon_mamba"])
+@pytest.mark.parametrize("kind", ["v1", "none", *LANGUAGE, "mamba", "falcon_mamba"])
 def test_every_architecture_loads_equal(tmp_path, kind):
     model = make(kind)
     model.save_pretrained(tmp_path)

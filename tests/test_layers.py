@@ -17,7 +17,7 @@ FLOORS = {
     "supernet": {"pruning"},
     "training": {"pruning", "models"},
     "hub": {"models", "pruning", "supernet", "training"},
-    "convert": {"models", "pruning", "supernet", "training"},
+    "convert": {"hub", "models"},
     "evaluation": {"models", "pruning", "supernet", "training"},
     "speed": {"models", "pruning", "supernet", "training", "evaluation", "_version"},
     "report": {"models", "pruning", "supernet", "training"},

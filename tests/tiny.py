@@ -1,38 +1,49 @@
 """Models for tests: tiny, every size another, every parameter perturbed, so that no axis and no slice can hide."""
 
 import torch
+import transformers
 from torch import nn
-from transformers import FalconMambaConfig, FalconMambaForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import FalconMambaConfig, MambaConfig
 
-from mamba_rsst import MambaForImageClassification, MambaRsstVisionConfig
+from mamba_rsst import MambaForCausalLM, MambaForImageClassification, MambaRsstConfig, MambaRsstVisionConfig
 
 
 TINY = dict(hidden_size=20, d_inner=46, d_state=7, dt_rank=5, d_conv=3)
 VISION = dict(
     **TINY, intermediate_size=33, num_hidden_layers=2, image_size=12, patch_size=4, num_labels=6, use_bias=True
 )
+TOKENS = dict(num_hidden_layers=2, vocab_size=53, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+LM = dict(**TINY, **TOKENS, use_bias=True)
 STOCK = dict(hidden_size=20, intermediate_size=46, state_size=7, time_step_rank=5, conv_kernel=3, use_bias=True)
-STOCK = dict(**STOCK, num_hidden_layers=2, vocab_size=53, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+STOCK = dict(**STOCK, **TOKENS)
 BIDIRECTIONAL = ("none", "v1", "v2")
-KINDS = (*BIDIRECTIONAL, "mamba", "falcon_mamba")
+LANGUAGE = {"lm": {}, "lm_mlp": dict(intermediate_size=33), "lm_norms": dict(mixer_rms_eps=1e-6)}
+OWN = (*BIDIRECTIONAL, *LANGUAGE)
+"""This package's models, whose config holds one width a layer."""
+KINDS = (*OWN, "mamba", "falcon_mamba")
+WITH_MLP = (*BIDIRECTIONAL, "lm_mlp")
+WITH_NORMS = ("lm_norms", "falcon_mamba")
 MIXER_TARGETS = ("d_inner", "d_state", "dt_rank")
 PAIRS = [(kind, target) for kind in KINDS for target in MIXER_TARGETS]
-PAIRS += [(kind, "intermediate_size") for kind in BIDIRECTIONAL]
+PAIRS += [(kind, "intermediate_size") for kind in WITH_MLP]
 """Every kind of model with every target that it has."""
 
 
 def make(kind, seed=0, **overrides):
-    """A perturbed model in eval mode: this package's image classifier by its `bidirectional`, or a stock class."""
+    """A perturbed model in eval mode: this package's image classifier by its `bidirectional`, its language model, or a
+    stock class."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if kind in BIDIRECTIONAL:
             model = MambaForImageClassification(
                 MambaRsstVisionConfig(**{**VISION, "bidirectional": kind, **overrides})
             )
+        elif kind in LANGUAGE:
+            model = MambaForCausalLM(MambaRsstConfig(**{**LM, **LANGUAGE[kind], **overrides}))
         elif kind == "mamba":
-            model = MambaForCausalLM(MambaConfig(**{**STOCK, **overrides}))
+            model = transformers.MambaForCausalLM(MambaConfig(**{**STOCK, **overrides}))
         else:
-            model = FalconMambaForCausalLM(FalconMambaConfig(**{**STOCK, **overrides}))
+            model = transformers.FalconMambaForCausalLM(FalconMambaConfig(**{**STOCK, **overrides}))
     return perturb_(model, seed).eval()
 
 

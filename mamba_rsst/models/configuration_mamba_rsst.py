@@ -102,14 +102,19 @@ class MambaRsstBaseConfig(PreTrainedConfig):
 class MambaRsstConfig(MambaRsstBaseConfig):
     """Configuration of the causal language model (Gu & Dao 2023, arXiv:2312.00752).
 
+    mixer_rms_eps: with a number, B, C and dt pass through weightless RMS norms of this epsilon, as in FalconMamba
+        (Zuo et al. 2024, arXiv:2410.05355); None = no such norms.
+
     The defaults are those of `state-spaces/mamba-130m-hf`; `expand`, `d_state` and the like mean what they do there,
-    except that a checkpoint is always rebuilt from its widths.
+    except that a checkpoint is always rebuilt from its widths. `from_pretrained` reads the configs of transformers'
+    Mamba and FalconMamba too; their weights have the same names.
     """
 
     model_type = "mamba_rsst"
     keys_to_ignore_at_inference = ["cache_params"]
 
     vocab_size: int = 50280
+    mixer_rms_eps: float | None = None
     tie_word_embeddings: bool = True
     use_cache: bool = True
     pad_token_id: int | None = 0
@@ -118,11 +123,57 @@ class MambaRsstConfig(MambaRsstBaseConfig):
 
     def __post_init__(self, **kwargs):
         _number(self, "vocab_size", 1, kind=int)
+        if self.mixer_rms_eps is not None:
+            _number(self, "mixer_rms_eps", 0)
         super().__post_init__(**kwargs)
 
     @property
     def layer_types(self):
         return ["linear_attention"] * self.num_hidden_layers
 
+    @classmethod
+    def get_config_dict(cls, *args, **kwargs):
+        content, kwargs = super().get_config_dict(*args, **kwargs)
+        if content.get("model_type") in TRANSFORMERS_TYPES:
+            content = config_from_transformers(content).to_dict()
+        return content, kwargs
 
-__all__ = ["WIDTHS", "MambaRsstBaseConfig", "MambaRsstConfig"]
+
+TRANSFORMERS_TYPES = ("mamba", "falcon_mamba")
+"""The model types whose configs `config_from_transformers` reads."""
+
+# Our name -> transformers', where they differ; and what goes over under its own name.
+_RENAMED = {"d_state": "state_size", "dt_rank": "time_step_rank", "d_conv": "conv_kernel"}
+_SAME = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "layer_norm_epsilon", "use_bias", "use_conv_bias"),
+    *("residual_in_fp32", "rescale_prenorm_residual", "initializer_range", "tie_word_embeddings", "use_cache"),
+    *("time_step_min", "time_step_max", "time_step_floor", "time_step_scale", "dtype"),
+    *("pad_token_id", "bos_token_id", "eos_token_id"),
+)
+
+
+def config_from_transformers(content: dict) -> MambaRsstConfig:
+    """The config.json of transformers' Mamba or FalconMamba, parsed, as this package's config.
+
+    What a file leaves out has transformers' default. Keys without a meaning here (those that choose a kernel or an
+    initialisation, and leftovers of earlier formats) are dropped.
+    Raises ValueError for another model type, or an activation other than silu.
+    """
+    kind = content.get("model_type")
+    if kind not in TRANSFORMERS_TYPES:
+        raise ValueError(f"`model_type` must be one of {list(TRANSFORMERS_TYPES)}, got {kind!r}.")
+    if (act := content.get("hidden_act", "silu")) not in ("silu", "swish"):
+        raise ValueError(f"`hidden_act` must be silu, got {act!r}.")
+    given = {"num_hidden_layers": 32, "initializer_range": 0.1, "rescale_prenorm_residual": False, **content}
+    if given.get("dtype") is None and given.get("torch_dtype") is not None:  # its name before transformers 5
+        given["dtype"] = given["torch_dtype"]
+    fields = {name: given[name] for name in _SAME if name in given}
+    fields |= {ours: given[theirs] for ours, theirs in _RENAMED.items() if theirs in given}
+    # FalconMamba's file says expand 16 beside an intermediate_size of twice the hidden size: the width counts.
+    fields |= {"d_inner": given.get("intermediate_size"), "expand": given.get("expand", 2), "intermediate_size": 0}
+    if kind == "falcon_mamba":
+        fields["mixer_rms_eps"] = given.get("mixer_rms_eps", 1e-6)
+    return MambaRsstConfig(**fields)
+
+
+__all__ = ["WIDTHS", "MambaRsstBaseConfig", "MambaRsstConfig", "config_from_transformers"]

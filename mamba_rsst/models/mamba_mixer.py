@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
+from transformers.cache_utils import Cache
 
 from .configuration_mamba_rsst import MambaRsstBaseConfig
 from .selective_scan import selective_scan
@@ -23,7 +24,7 @@ class MambaMixer(nn.Module):
     arXiv:2401.09417): `bidirectional="v1"` adds A_b_log, "v2" adds conv1d_b, x_proj_b, dt_proj_b, A_b_log and D_b.
     `in_proj` and `out_proj` are shared by the directions, so both have the same E channels.
 
-    forward: hidden_states (B, L, D) -> (B, L, D), same dtype.
+    With the config's `mixer_rms_eps`, B, C and dt pass through RMS norms without weights (FalconMamba).
     """
 
     def __init__(self, config: MambaRsstBaseConfig, layer_idx: int):
@@ -35,6 +36,7 @@ class MambaMixer(nn.Module):
         self.d_conv = config.d_conv
         self.bidirectional = getattr(config, "bidirectional", "none")
         self.scale_out = 0.5 if self.bidirectional != "none" and config.divide_out else 1.0
+        self.mixer_rms_eps = getattr(config, "mixer_rms_eps", None)
         self.scan_implementation = config.scan_implementation
 
         self.in_proj = nn.Linear(config.hidden_size, 2 * self.d_inner, bias=config.use_bias)
@@ -65,21 +67,46 @@ class MambaMixer(nn.Module):
             return [forward, (self.conv1d, self.x_proj, self.dt_proj, self.A_b_log, self.D)]
         return [forward, (self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b)]
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, cache_params: Cache | None = None, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        """hidden_states (B, L, D) -> (B, L, D), same dtype.
+
+        cache_params: the state after the tokens before these, which is brought up to date; it carries values, never
+            gradients. One direction only.
+        attention_mask: (B, at least L), its last L columns 0 for padding and else 1. Padding reaches neither the
+            convolution nor the state, so a sequence padded on the left gives what it gives alone.
+        """
+        conv_state, state = self._states(cache_params)
+        one = conv_state is not None and hidden_states.shape[1] == 1 and attention_mask is None
+        if one and not torch.is_grad_enabled() and not cache_params.layers[self.layer_idx].record_past:
+            return self._step(hidden_states, conv_state, state)
         x, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, -x.shape[1] :, None].to(x.dtype)
+            x = x * attention_mask  # behind in_proj, whose bias would otherwise be a past that the sequence has not
         if self.bidirectional == "v1":  # one convolution, one projection; only the scan runs both ways
             inputs = [self._scan_inputs(x, self.conv1d, self.x_proj, self.dt_proj, False)] * 2
         else:
             inputs = [
-                self._scan_inputs(x, conv1d, x_proj, dt_proj, backwards)
+                self._scan_inputs(x, conv1d, x_proj, dt_proj, backwards, conv_state, attention_mask)
                 for backwards, (conv1d, x_proj, dt_proj, _, _) in zip((False, True), self.directions())
             ]
-        decays = [-torch.exp(A_log.float()) for *_, A_log, _ in self.directions()]
-        skips = [D.float() for *_, D in self.directions()]
-        biases = [dt_proj.bias.float() for _, _, dt_proj, _, _ in self.directions()]
+        decays = [-torch.exp(_wide(A_log)) for *_, A_log, _ in self.directions()]
+        skips = [_wide(D) for *_, D in self.directions()]
+        biases = [_wide(dt_proj.bias) for _, _, dt_proj, _, _ in self.directions()]
         if len(inputs) == 1:
             u, delta, B, C = inputs[0]
-            y = self._scan(u, delta, decays[0], B, C, skips[0], biases[0], False)
+            arguments = (u, delta, decays[0], B, C, skips[0], biases[0], False)
+            if cache_params is None:
+                y = self._scan(*arguments)
+            else:
+                if state is not None and torch.is_grad_enabled():
+                    state = state.clone()  # kept for the backward, while the cache's own is written over
+                y, last = self._scan(*arguments, initial_state=state, return_last_state=True)
+                inner = x.detach().transpose(1, 2)
+                cache_params.update_conv_state(inner, self.layer_idx, conv_kernel_size=self.d_conv)
+                cache_params.update_recurrent_state(last.detach(), self.layer_idx)
         else:
             u, delta, B, C = (torch.stack(pair) for pair in zip(*inputs))
             A, D, bias = (torch.stack(pair) for pair in (decays, skips, biases))
@@ -88,27 +115,70 @@ class MambaMixer(nn.Module):
                 y = y * self.scale_out
         return self.out_proj(y * F.silu(gate))
 
-    def _scan(self, u, delta, A, B, C, D, bias, reverse):
+    def _states(self, cache):
+        """The cache's convolution state (B, E, at least K) and scan state (B, E, N); None where there is no past."""
+        if cache is None or not cache.has_previous_state(self.layer_idx):
+            return None, None
+        layer = cache.layers[self.layer_idx]
+        return layer.conv_states[0], layer.recurrent_states[0]
+
+    def _step(self, hidden_states, conv_state, state):
+        """One token: (B, 1, D) -> (B, 1, D). Plain torch of static shapes that writes both states where they lie, so
+        that a whole model's step can be captured as one CUDA graph."""
+        x, gate = self.in_proj(hidden_states[:, 0]).chunk(2, dim=-1)
+        window = torch.cat([conv_state[..., 1:], x[..., None]], dim=-1)
+        conv_state.copy_(window)
+        u = (window * self.conv1d.weight[:, 0]).sum(-1)
+        u = F.silu(u if self.conv1d.bias is None else u + self.conv1d.bias)
+        low_rank, B, C = self._project(u, self.x_proj)
+        wide = state.dtype
+        dt = F.softplus(F.linear(low_rank, self.dt_proj.weight).to(wide) + self.dt_proj.bias)
+        decay = torch.exp(dt[..., None] * -torch.exp(self.A_log.to(wide)))
+        state.mul_(decay).addcmul_((dt * u)[..., None], B[:, None].to(wide))
+        y = torch.bmm(state, C[..., None].to(wide))[..., 0]
+        y = torch.addcmul(y, u, self.D).to(x.dtype)
+        return self.out_proj(y * F.silu(gate))[:, None]
+
+    def _scan(self, u, delta, A, B, C, D, bias, reverse, **states):
         return selective_scan(
-            u, delta, A, B, C, D, bias, True, reverse=reverse, implementation=self.scan_implementation
+            u, delta, A, B, C, D, bias, True, reverse=reverse, implementation=self.scan_implementation, **states
         )
 
-    def _scan_inputs(self, x, conv1d, x_proj, dt_proj, backwards):
+    def _scan_inputs(self, x, conv1d, x_proj, dt_proj, backwards, past=None, mask=None):
         """u (B, L, E), delta (B, L, E) before bias and softplus, B and C (B, L, N) of one direction."""
-        u = F.silu(causal_conv1d(x, conv1d.weight, conv1d.bias, backwards))
-        low_rank, B, C = x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        u = F.silu(causal_conv1d(x, conv1d.weight, conv1d.bias, backwards, past))
+        if mask is not None:
+            u = u * mask
+        low_rank, B, C = self._project(u, x_proj)
         return u, F.linear(low_rank, dt_proj.weight), B, C
 
+    def _project(self, u, x_proj):
+        """dt's low rank, B and C, each through its norm if the mixer has norms."""
+        parts = x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        if self.mixer_rms_eps is None:
+            return parts
+        return [F.rms_norm(part, part.shape[-1:], eps=self.mixer_rms_eps) for part in parts]
 
-def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, backwards: bool = False) -> Tensor:
+
+def _wide(x: Tensor) -> Tensor:
+    """fp32, or fp64 as it is."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, backwards: bool = False, past: Tensor | None = None
+) -> Tensor:
     """Depthwise causal convolution over time: x (B, L, E), weight (E, 1, K), bias (E,) -> (B, L, E) in x's dtype.
 
     `backwards`: causal in reversed time, as if x were flipped, convolved and flipped back.
+    `past`: (B, E, at least K - 1), what came before x; default zeros.
     """
     K, L = weight.shape[-1], x.shape[1]
     if backwards:
         weight = weight.flip(-1)
-    padding = (0, K - 1) if backwards else (K - 1, 0)
+    if past is not None:
+        x = torch.cat([past[..., past.shape[-1] - K + 1 :].transpose(1, 2).to(x.dtype), x], dim=1)
+    padding = (0, 0) if past is not None else (0, K - 1) if backwards else (K - 1, 0)
     if x.device.type == "cpu":
         weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         return F.conv1d(F.pad(x.transpose(1, 2), padding), weight, bias, groups=weight.shape[0]).transpose(1, 2)

@@ -1,38 +1,14 @@
 """MambaForImageClassification: Vision Mamba (Vim) as a Hugging Face model."""
 
-# Legend: B batch, T tokens, D hidden_size, F intermediate_size
-import math
-
+# Legend: B batch, T tokens, D hidden_size
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithNoAttention, ImageClassifierOutputWithNoAttention
-from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_mamba_rsst_vision import MambaRsstVisionConfig
-from .mamba_mixer import FP32_PARAMETERS, MambaMixer, init_mixer_, no_weight_decay
-
-
-class MambaMLP(nn.Module):
-    """fc1 (D -> F), GELU, fc2 (F -> D)."""
-
-    def __init__(self, config, layer_idx: int):
-        super().__init__()
-        self.layer_idx = layer_idx
-        self.intermediate_size = config.widths("intermediate_size")[layer_idx]
-        self.fc1 = nn.Linear(config.hidden_size, self.intermediate_size)
-        self.fc2 = nn.Linear(self.intermediate_size, config.hidden_size)
-        self.fc2.ends_branch = True
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-def make_norm(config) -> nn.Module:
-    kind = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}[config.norm]
-    return kind(config.hidden_size, eps=config.layer_norm_epsilon)
+from .mamba_block import MambaBlock, MambaPreTrainedModel, make_norm
 
 
 def draw_branch_scales(rate: float, layers: int, x: Tensor) -> Tensor:
@@ -45,33 +21,6 @@ def draw_branch_scales(rate: float, layers: int, x: Tensor) -> Tensor:
     keep = 1.0 - torch.arange(layers, device=x.device) * (rate / max(1, layers - 1))
     keep = keep[:, None, None].expand(-1, 2, x.shape[0])
     return (torch.bernoulli(keep) / keep)[..., None, None]
-
-
-class MambaVisionBlock(GradientCheckpointingLayer):
-    """x + mixer(norm(x)), then x + mlp(norm2(x)) where the layer has an MLP."""
-
-    def __init__(self, config: MambaRsstVisionConfig, layer_idx: int):
-        super().__init__()
-        self.residual_in_fp32 = config.residual_in_fp32
-        self.norm = make_norm(config)
-        self.mixer = MambaMixer(config, layer_idx)
-        if config.widths("intermediate_size")[layer_idx]:
-            self.norm2 = make_norm(config)
-            self.mlp = MambaMLP(config, layer_idx)
-        else:
-            self.norm2 = self.mlp = None
-
-    def forward(self, hidden_states: Tensor, branch_scales: Tensor | None = None) -> Tensor:
-        """(B, T, D) -> (B, T, D); branch_scales (2, B, 1, 1): what the two branches are multiplied by, None = 1."""
-        if self.residual_in_fp32:
-            hidden_states = hidden_states.float()
-        first, second = (None, None) if branch_scales is None else branch_scales.unbind(0)
-        hidden_states = self._branch(hidden_states, self.norm, self.mixer, first)
-        return hidden_states if self.mlp is None else self._branch(hidden_states, self.norm2, self.mlp, second)
-
-    def _branch(self, residual, norm, branch, scale):
-        out = branch(norm(residual.to(norm.weight.dtype)))
-        return residual + (out if scale is None else out * scale.to(out.dtype))
 
 
 class MambaVisionEmbeddings(nn.Module):
@@ -105,29 +54,17 @@ class MambaVisionEmbeddings(nn.Module):
         return self.dropout(x + self.position_embeddings)
 
 
-class MambaVisionPreTrainedModel(PreTrainedModel):
+class MambaVisionPreTrainedModel(MambaPreTrainedModel):
     config_class = MambaRsstVisionConfig
-    base_model_prefix = "backbone"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
-    supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # the loss is a plain mean: the trainer must divide by the accumulation steps
-    _no_split_modules = ["MambaVisionBlock"]
-    _keep_in_fp32_modules_strict = FP32_PARAMETERS
     _token_parameters = ("cls_token", "position_embeddings")
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that weight decay must leave alone."""
-        return no_weight_decay(self)
 
     @torch.no_grad()
     def _init_weights(self, module):
-        config = self.config
-        additions = config.num_hidden_layers * (2 if any(config.widths("intermediate_size")) else 1)
-        scale = additions**-0.5 if config.rescale_prenorm_residual else 1.0
-        if isinstance(module, MambaMixer):
-            init_mixer_(module, config, scale)
-        elif isinstance(module, MambaVisionEmbeddings):
+        super()._init_weights(module)
+        if isinstance(module, MambaVisionEmbeddings):
             init.trunc_normal_(module.position_embeddings, std=0.02)
             if module.class_token_places:
                 init.trunc_normal_(module.cls_token, std=0.02)
@@ -135,21 +72,6 @@ class MambaVisionPreTrainedModel(PreTrainedModel):
             fan_in = module.weight[0].numel()
             init.trunc_normal_(module.weight, std=fan_in**-0.5)
             init.zeros_(module.bias)
-        elif isinstance(module, nn.Linear):
-            # torch's own default; what a mixer wants otherwise is set when its turn comes, after its children. An MLP
-            # and the head get no turn, having no parameters of their own: they mark their layers instead.
-            if getattr(module, "is_head", False):
-                init.trunc_normal_(module.weight, std=config.initializer_range)
-            else:
-                init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-            if getattr(module, "ends_branch", False):
-                init.copy_(module.weight, module.weight * scale)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, (nn.RMSNorm, nn.LayerNorm)):
-            init.ones_(module.weight)
-            if getattr(module, "bias", None) is not None:
-                init.zeros_(module.bias)
 
 
 class MambaVisionModel(MambaVisionPreTrainedModel):
@@ -158,7 +80,7 @@ class MambaVisionModel(MambaVisionPreTrainedModel):
     def __init__(self, config: MambaRsstVisionConfig):
         super().__init__(config)
         self.embeddings = MambaVisionEmbeddings(config)
-        self.layers = nn.ModuleList(MambaVisionBlock(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(MambaBlock(config, i) for i in range(config.num_hidden_layers))
         self.norm_f = make_norm(config)
         self.gradient_checkpointing = False
         self.post_init()

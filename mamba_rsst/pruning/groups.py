@@ -51,7 +51,7 @@ class Scale:
 class Layout:
     """One kind of module that owns prunable widths.
 
-    requires: attributes by which such a module is recognised.
+    requires: attributes by which such a module is recognised; None counts as absent.
     widths: target -> (attribute of the module, field of the model's config) that hold its size.
     slices, taps, scales: target -> the rows of the table. Slices of parameters that a module lacks are left out
     (a missing bias, the reverse direction of a one-directional mixer).
@@ -122,18 +122,33 @@ _TRANSFORMERS_WIDTHS = {
     "dt_rank": ("time_step_rank", "time_step_rank"),
 }
 
+_OUR_MIXER = (*_MIXER, "d_inner", "d_state", "dt_rank")
+_OUR_WIDTHS = {t: (t, t) for t in ("d_inner", "d_state", "dt_rank")}
+# FalconMamba: B, C and dt pass through RMS norms without weights, whose means run over d_state and dt_rank channels: a
+# shorter mean makes the survivors smaller by sqrt(new / old). B and C together are repaired behind the scan (out_proj
+# up, the skip D down by as much), dt in dt_proj; the rows before the norm shrink, which is the same as raising the
+# norm's epsilon by old / new.
+_NORM_SCALES = {
+    "d_state": (Scale("out_proj.weight", 1.0), Scale("D", -1.0), Scale("x_proj.weight", -0.5, own=True)),
+    "dt_rank": (Scale("dt_proj.weight", 0.5), Scale("x_proj.weight", -0.5, own=True)),
+}
+
 LAYOUTS = (
     Layout(
+        name="mamba_rsst mixer with norms",
+        requires=(*_OUR_MIXER, "mixer_rms_eps"),
+        widths=_OUR_WIDTHS,
+        slices=_MIXER_SLICES,
+        taps=_MIXER_TAPS,
+        scales=_NORM_SCALES,
+    ),
+    Layout(
         name="mamba_rsst mixer",
-        requires=(*_MIXER, "d_inner", "d_state", "dt_rank"),
-        widths={t: (t, t) for t in ("d_inner", "d_state", "dt_rank")},
+        requires=_OUR_MIXER,
+        widths=_OUR_WIDTHS,
         slices=_MIXER_SLICES,
         taps=_MIXER_TAPS,
     ),
-    # B, C and dt pass through RMS norms without weights, whose means run over d_state and dt_rank channels: a shorter
-    # mean makes the survivors smaller by sqrt(new / old). B and C together are repaired behind the scan (out_proj up,
-    # the skip D down by as much), dt in dt_proj; the rows before the norm shrink, which is the same as raising the
-    # norm's epsilon by old / new.
     Layout(
         name="transformers' FalconMamba mixer",
         requires=(*_MIXER, "ssm_state_size", "time_step_rank", "b_layernorm", "c_layernorm", "dt_layernorm"),
@@ -146,10 +161,7 @@ LAYOUTS = (
             },
         ),
         taps=_MIXER_TAPS,
-        scales={
-            "d_state": (Scale("out_proj.weight", 1.0), Scale("D", -1.0), Scale("x_proj.weight", -0.5, own=True)),
-            "dt_rank": (Scale("dt_proj.weight", 0.5), Scale("x_proj.weight", -0.5, own=True)),
-        },
+        scales=_NORM_SCALES,
     ),
     Layout(
         name="transformers' Mamba mixer",
@@ -278,7 +290,7 @@ def _submodule(owner, path):
 
 def layout_of(module: nn.Module) -> Layout | None:
     """The layout of a module that owns widths, None for any other module."""
-    return next((layout for layout in LAYOUTS if all(hasattr(module, name) for name in layout.requires)), None)
+    return next((x for x in LAYOUTS if all(getattr(module, name, None) is not None for name in x.requires)), None)
 
 
 def check_targets(targets) -> tuple[str, ...]:

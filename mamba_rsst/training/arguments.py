@@ -81,7 +81,7 @@ class RSSTConfig(TrainingArguments):
     )
     logging_nan_inf_filter: bool = field(
         default=False,
-        metadata={"help": "transformers' default is True, which waits for the GPU in every step and hides a NaN loss."},
+        metadata={"help": "Not transformers' True, which waits for the GPU in every step and hides a NaN loss."},
     )
     calibration_batches: int = field(default=8, metadata={"help": "Training batches that data-driven scores look at."})
 

@@ -6,7 +6,8 @@ import torch
 def compile_blocks_(model) -> None:
     """Compile the model's repeated blocks one by one: blocks of the same widths share their compiled code.
 
-    The first batch size gets code of its own, the second code for any batch size. The model's class says which they are (`_no_split_modules`); ValueError where it does not.
+    The first batch size gets code of its own, the second code for any batch size. The model's class says which its
+    blocks are (`_no_split_modules`); ValueError where it does not.
     """
     names = getattr(model, "_no_split_modules", None) or ()
     blocks = [module for module in model.modules() if type(module).__name__ in names]

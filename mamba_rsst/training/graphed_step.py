@@ -14,8 +14,8 @@ class GraphedStep:
     https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs.
 
     Called like `step`. The first `WARMUP` calls run as they are (they compile and tune), the next one is recorded.
-    From then on inputs of the recorded shapes are replayed; others, such as an epoch's last, smaller batch, run as they
-    are. The parameters may change in place between calls, but must not be replaced: make a new GraphedStep then.
+    From then on inputs of the recorded shapes are replayed; others, such as an epoch's last, smaller batch, run as
+    they are. The parameters may change in place between calls, but must not be replaced: make a new GraphedStep then.
     Raises RuntimeError where the step cannot be captured.
     """
 

@@ -1,11 +1,12 @@
 import json
 
 import pytest
+import torch
 from tiny import TINY
-from transformers import AutoConfig
+from transformers import AutoConfig, FalconMambaConfig, MambaConfig
 
 from mamba_rsst import MambaRsstConfig, MambaRsstVisionConfig
-from mamba_rsst.models import PRESETS
+from mamba_rsst.models import PRESETS, config_from_transformers
 
 
 BOTH = [MambaRsstConfig, MambaRsstVisionConfig]
@@ -93,6 +94,57 @@ def test_wrong_vision_values(fields, message):
 def test_wrong_language_values():
     with pytest.raises(ValueError, match="`vocab_size` must be an integer >= 1"):
         MambaRsstConfig(vocab_size=0)
+    with pytest.raises(ValueError, match="`mixer_rms_eps` must be a number >= 0"):
+        MambaRsstConfig(mixer_rms_eps=-1.0)
+
+
+@pytest.mark.parametrize("stock", [MambaConfig, FalconMambaConfig])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        dict(hidden_size=20, expand=3, state_size=7, time_step_rank=5, conv_kernel=3, num_hidden_layers=4),
+        dict(use_bias=True, use_conv_bias=False, residual_in_fp32=False, tie_word_embeddings=False, vocab_size=9),
+        dict(intermediate_size=70, time_step_max=0.2, time_step_floor=1e-3, initializer_range=0.3, eos_token_id=[1]),
+    ],
+    ids=str,
+)
+def test_from_transformers(stock, fields, tmp_path):
+    given = stock(**fields)
+    given.save_pretrained(tmp_path)
+    config = MambaRsstConfig.from_pretrained(tmp_path)
+    assert type(config) is MambaRsstConfig and config.model_type == "mamba_rsst"
+    same = ("hidden_size", "num_hidden_layers", "vocab_size", "use_bias", "use_conv_bias", "residual_in_fp32")
+    same += ("tie_word_embeddings", "time_step_max", "time_step_floor", "initializer_range", "eos_token_id")
+    assert {name: getattr(config, name) for name in same} == {name: getattr(given, name) for name in same}
+    assert (config.d_inner, config.d_state) == (given.intermediate_size, given.state_size)
+    assert (config.dt_rank, config.d_conv, config.intermediate_size) == (given.time_step_rank, given.conv_kernel, 0)
+    assert config.mixer_rms_eps == (1e-6 if stock is FalconMambaConfig else None)
+    assert config_from_transformers(given.to_dict()).to_dict() == {**config.to_dict(), "_name_or_path": ""}
+
+
+def test_from_transformers_config_files_of_old():
+    """What lies on the Hub has leftovers of earlier formats, leaves defaults out, and an `expand` that is not used."""
+    old = dict(model_type="mamba", d_model=768, d_inner=1536, n_layer=24, ssm_cfg={}, fused_add_norm=True, expand=16)
+    old |= dict(hidden_size=768, intermediate_size=1536, num_hidden_layers=24, torch_dtype="float32")
+    config = config_from_transformers(old)
+    assert (config.d_inner, config.num_hidden_layers, config.dtype) == (1536, 24, torch.float32)
+    assert not hasattr(config, "fused_add_norm")
+    bare = config_from_transformers({"model_type": "falcon_mamba"})
+    assert (bare.num_hidden_layers, bare.d_inner, bare.mixer_rms_eps) == (32, 1536, 1e-6)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ({}, r"`model_type` must be one of \['mamba', 'falcon_mamba'\], got None"),
+        ({"model_type": "mamba2"}, "`model_type` must be one of .* got 'mamba2'"),
+        ({"model_type": "mamba", "hidden_act": "gelu"}, "`hidden_act` must be silu, got 'gelu'"),
+    ],
+)
+def test_what_is_not_of_transformers_mamba(content, message):
+    with pytest.raises(ValueError, match=message):
+        config_from_transformers(content)
 
 
 def test_unknown_width():

@@ -39,6 +39,27 @@ assert not [name for name in sys.modules if name.startswith("mamba_rsst.")]
 torch.save({"logits": result.logits.detach(), "gradient": model.classifier.weight.grad}, out + "/result.pt")
 """
 
+CLEAN_LANGUAGE = """
+import sys
+sys.modules["mamba_rsst"] = None
+import torch
+from transformers import AutoModelForCausalLM
+
+folder, out = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
+ids = torch.load(out + "/ids.pt")
+result = model(ids, labels=ids)
+result.loss.backward()
+tokens = model.generate(ids, max_new_tokens=7, do_sample=False, eos_token_id=None)
+model.save_pretrained(out + "/again")
+again = AutoModelForCausalLM.from_pretrained(out + "/again", trust_remote_code=True)
+assert torch.equal(again(ids).logits, result.logits)
+assert not [name for name in sys.modules if name.startswith("mamba_rsst.")]
+gradient = model.get_input_embeddings().weight.grad
+torch.save({"logits": result.logits.detach(), "gradient": gradient, "tokens": tokens}, out + "/result.pt")
+"""
+
 BOTH = """
 import sys
 import torch
@@ -84,31 +105,54 @@ def saved(tmp_path_factory):
     return model, folder
 
 
-def run(script, saved, tmp_path, **env):
-    """The script's results, and what they should be."""
-    model, folder = saved
-    pixels = batch_of(model)["pixel_values"]
-    torch.save(pixels, tmp_path / "pixels.pt")
+def run(script, folder, tmp_path, inputs, **env):
+    """What the script, in a process of its own, made of `inputs` (name -> tensor)."""
+    for name, tensor in inputs.items():
+        torch.save(tensor, tmp_path / f"{name}.pt")
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), **env}
     env["HF_MODULES_CACHE"] = str(tmp_path / "modules")
     command = [sys.executable, *([] if "PYTHONPATH" in env else ["-I"]), "-c", script, str(folder), str(tmp_path)]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(tmp_path / "result.pt")
+
+
+def run_vision(script, saved, tmp_path, **env):
+    """The script's results, and what they should be."""
+    model, folder = saved
+    pixels = batch_of(model)["pixel_values"]
+    result = run(script, folder, tmp_path, {"pixels": pixels}, **env)
     loss = model(pixels, labels=torch.tensor([1, 2, 3])).loss
     expected = {"logits": logits_of(model, {"pixel_values": pixels})}
     (expected["gradient"],) = torch.autograd.grad(loss, [model.classifier.weight])
-    return torch.load(tmp_path / "result.pt"), expected
+    return result, expected
 
 
 def test_without_the_package(saved, tmp_path, monkeypatch):
     monkeypatch.delenv("PYTHONPATH", raising=False)
-    result, expected = run(CLEAN, saved, tmp_path)
+    result, expected = run_vision(CLEAN, saved, tmp_path)
     torch.testing.assert_close(result, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_a_language_model_without_the_package(tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    model = make("lm_norms", intermediate_size=33)
+    shrink_(model, random_masks(find_groups(model), seed=4))
+    model.save_pretrained(tmp_path / "saved")
+    assert {"mamba_block.py", "mamba_mixer.py"} <= {path.name for path in (tmp_path / "saved").glob("*.py")}
+    ids = batch_of(model)["input_ids"]
+    result = run(CLEAN_LANGUAGE, tmp_path / "saved", tmp_path, {"ids": ids})
+    expected = model(ids, labels=ids)
+    (gradient,) = torch.autograd.grad(expected.loss, [model.get_input_embeddings().weight])
+    torch.testing.assert_close(result["logits"], expected.logits.detach(), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(result["gradient"], gradient, atol=1e-6, rtol=1e-5)
+    tokens = model.generate(ids, max_new_tokens=7, do_sample=False, eos_token_id=None)
+    assert torch.equal(result["tokens"], tokens)
 
 
 def test_beside_the_package(saved, tmp_path):
     """Package and copy register the same custom ops; both go on working, forward, backward and compiled."""
-    result, expected = run(BOTH, saved, tmp_path, PYTHONPATH=str(Path(mamba_rsst.__file__).parents[1]))
+    result, expected = run_vision(BOTH, saved, tmp_path, PYTHONPATH=str(Path(mamba_rsst.__file__).parents[1]))
     torch.testing.assert_close(result, expected, atol=1e-6, rtol=1e-5)
 
 

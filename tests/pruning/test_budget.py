@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny import MIXER_TARGETS, make
+from tiny import KINDS, MIXER_TARGETS, make
 
 from mamba_rsst import PruningConfig, find_groups, select_channels, shrink_
 from mamba_rsst.pruning import BudgetError, budget
@@ -153,7 +153,7 @@ def test_sparsity_per_target(model):
     assert totals == {"d_inner": 138, "d_state": 14, "dt_rank": 0, "intermediate_size": 0}
 
 
-@pytest.mark.parametrize("kind", ["v2", "v1", "none", "mamba", "falcon_mamba"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_counted_parameters_are_those_after_the_cut(kind):
     """Overlaps of several targets in one parameter, and tied embeddings, count once."""
     model = make(kind)

@@ -2,7 +2,18 @@ import copy
 
 import pytest
 import torch
-from tiny import BIDIRECTIONAL, KINDS, MIXER_TARGETS, PAIRS, batch_of, logits_of, make, mixers
+from tiny import (
+    BIDIRECTIONAL,
+    KINDS,
+    MIXER_TARGETS,
+    PAIRS,
+    WITH_MLP,
+    WITH_NORMS,
+    batch_of,
+    logits_of,
+    make,
+    mixers,
+)
 
 from mamba_rsst import find_groups
 from mamba_rsst.pruning.groups import CARRIED, CONSUMER, LAYOUTS, PRODUCER, TARGETS, channel_norms, layout_of
@@ -149,7 +160,7 @@ def test_every_axis_belongs_to_a_group(kind):
             covered[key][view.start : view.start + view.size] += 1
     free = {20, 3, 1}  # hidden_size, the convolution's taps, its one input channel a group
     owners = [*mixers(model), *(layer.mlp for layer in model.backbone.layers if getattr(layer, "mlp", None))]
-    assert len(owners) == (4 if kind in BIDIRECTIONAL else 2)
+    assert len(owners) == (4 if kind in WITH_MLP else 2)
     for owner in owners:
         for name, tensor in [*owner.named_parameters(), *owner.named_buffers()]:
             for axis, size in enumerate(tensor.shape):
@@ -165,7 +176,7 @@ def test_every_axis_belongs_to_a_group(kind):
 def test_silent_producers_or_consumers_silence_a_channel(kind):
     """Either role alone switches a channel off: both give the same logits. Carried slices then do not matter."""
     model = make(kind)
-    for target in (*MIXER_TARGETS, *(["intermediate_size"] if kind in BIDIRECTIONAL else [])):
+    for target in (*MIXER_TARGETS, *(["intermediate_size"] if kind in WITH_MLP else [])):
         results = []
         for role in (PRODUCER, CONSUMER):
             changed = copy.deepcopy(model)
@@ -173,11 +184,11 @@ def test_silent_producers_or_consumers_silence_a_channel(kind):
                 for group in find_groups(changed, [target]):
                     for view in group.views(role):
                         view.tensor.narrow(view.axis, 1, 2).zero_()
-                    if kind != "falcon_mamba":
+                    if kind not in WITH_NORMS:
                         for view in group.views(CARRIED):
                             view.tensor.narrow(view.axis, 1, 2).add_(0.5)
             results.append(logits_of(changed))
-        if kind == "falcon_mamba" and target != "d_inner":
+        if kind in WITH_NORMS and target != "d_inner":
             continue  # its norms over the states and the rank let one channel's size reach the others
         torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-5)
         assert (results[0] - logits_of(model)).abs().max() > 1e-3
@@ -222,6 +233,9 @@ def test_layouts_are_told_apart(kind):
         names
         == {
             **dict.fromkeys(BIDIRECTIONAL, {"mamba_rsst mixer", "mamba_rsst MLP"}),
+            "lm": {"mamba_rsst mixer"},
+            "lm_mlp": {"mamba_rsst mixer", "mamba_rsst MLP"},
+            "lm_norms": {"mamba_rsst mixer with norms"},
             "mamba": {"transformers' Mamba mixer"},
             "falcon_mamba": {"transformers' FalconMamba mixer"},
         }[kind]
@@ -261,7 +275,7 @@ def test_wrong_targets(targets, message):
         find_groups(make("v2"), targets)
 
 
-@pytest.mark.parametrize("kind", KINDS[2:])
+@pytest.mark.parametrize("kind", ["v2", *(kind for kind in KINDS if kind not in WITH_MLP)])
 def test_a_target_that_the_model_lacks(kind):
     model = make(kind, **(dict(intermediate_size=0) if kind == "v2" else {}))
     name = type(model).__name__

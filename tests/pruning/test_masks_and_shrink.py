@@ -6,8 +6,11 @@ import torch
 from tiny import (
     BIDIRECTIONAL,
     KINDS,
+    LANGUAGE,
     MIXER_TARGETS,
+    OWN,
     PAIRS,
+    WITH_MLP,
     batch_of,
     even_masks,
     logits_of,
@@ -18,7 +21,7 @@ from tiny import (
 )
 
 from mamba_rsst import MambaForImageClassification, apply_masks_, find_groups, shrink_
-from mamba_rsst.pruning.groups import CARRIED
+from mamba_rsst.pruning.groups import CARRIED, TARGETS
 
 
 def masks_for(model, targets, seed=0):
@@ -64,7 +67,7 @@ COMBINATIONS = [c for n in (2, 3) for c in itertools.combinations(MIXER_TARGETS,
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("targets", [*COMBINATIONS, (*MIXER_TARGETS, "intermediate_size")])
 def test_masked_equals_cut_in_several_targets(kind, targets):
-    if kind not in BIDIRECTIONAL:
+    if kind not in WITH_MLP:
         targets = [t for t in targets if t in MIXER_TARGETS]
     model = make(kind)
     masked, cut = masked_and_cut(model, masks_for(model, targets))
@@ -112,7 +115,7 @@ def test_cutting_twice_equals_cutting_once(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_saved_equals_reloaded(kind, tmp_path):
     model = make(kind)
-    targets = (*MIXER_TARGETS, "intermediate_size") if kind in BIDIRECTIONAL else MIXER_TARGETS
+    targets = (*MIXER_TARGETS, "intermediate_size") if kind in WITH_MLP else MIXER_TARGETS
     shrink_(model, masks_for(model, targets))
     model.save_pretrained(tmp_path)
     reloaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
@@ -122,10 +125,10 @@ def test_saved_equals_reloaded(kind, tmp_path):
     assert [g.size for g in find_groups(reloaded)] == [g.size for g in find_groups(model)]
 
 
-@pytest.mark.parametrize("kind", ["mamba", "falcon_mamba"])
-def test_a_cut_stock_model_generates(kind, tmp_path):
+@pytest.mark.parametrize("kind", [*LANGUAGE, "mamba", "falcon_mamba"])
+def test_a_cut_language_model_generates(kind, tmp_path):
     model = make(kind)
-    shrink_(model, even_masks(find_groups(model))).save_pretrained(tmp_path)
+    shrink_(model, masks_for(model, TARGETS)).save_pretrained(tmp_path)
     reloaded = type(model).from_pretrained(tmp_path)
     ids = batch_of(model)["input_ids"]
     options = dict(max_new_tokens=5, do_sample=False)
@@ -155,7 +158,7 @@ def test_survivors_are_the_same_numbers():
 @pytest.mark.parametrize("kind", KINDS)
 def test_attributes_follow(kind):
     model = make(kind)
-    targets = (*MIXER_TARGETS, "intermediate_size") if kind in BIDIRECTIONAL else MIXER_TARGETS
+    targets = (*MIXER_TARGETS, "intermediate_size") if kind in WITH_MLP else MIXER_TARGETS
     masks = masks_for(model, targets)
     shrink_(model, masks)
     sizes = {name: int(mask.sum()) for name, mask in masks.items()}
@@ -169,7 +172,7 @@ def test_attributes_follow(kind):
             assert (module.in_channels, module.out_channels, module.groups) == (E, E, E), name
     for i, mixer in enumerate(mixers(model)):
         E, N, R = (sizes[f"backbone.layers.{i}.mixer:{t}"] for t in MIXER_TARGETS)
-        own = kind in BIDIRECTIONAL
+        own = kind in OWN
         names = ("d_inner", "d_state", "dt_rank") if own else ("intermediate_size", "ssm_state_size", "time_step_rank")
         assert tuple(getattr(mixer, name) for name in names) == (E, N, R)
         assert mixer.in_proj.weight.shape == (2 * E, 20) and mixer.out_proj.weight.shape == (20, E)

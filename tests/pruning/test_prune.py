@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from tiny import BIDIRECTIONAL, KINDS, MIXER_TARGETS, batch_of, logits_of, make
+from tiny import KINDS, MIXER_TARGETS, OWN, WITH_MLP, batch_of, logits_of, make
 
 from mamba_rsst import PruningConfig, apply_masks_, find_groups, prune_, select_channels, shrink_
 
@@ -15,8 +15,8 @@ ALL = (*MIXER_TARGETS, "intermediate_size")
 def test_from_choice_to_cut(kind, importance, tmp_path):
     """Chosen, masked, cut, saved and reloaded: one function."""
     model = make(kind)
-    scope = "global" if kind in BIDIRECTIONAL else "layer"
-    targets = ALL if kind in BIDIRECTIONAL else MIXER_TARGETS
+    scope = "global" if kind in OWN else "layer"
+    targets = ALL if kind in WITH_MLP else MIXER_TARGETS
     config = PruningConfig(targets=targets, sparsity=0.4, scope=scope, importance=importance, round_to=1)
     batches = [batch_of(model)]
     masked = copy.deepcopy(model)
