@@ -158,7 +158,7 @@ def test_command_line(tmp_path, capsys, kind):
     assert main(["convert", str(original), str(out)]) == 0
     assert capsys.readouterr().out == f"Saved to {out}: {model.num_parameters():,} parameters (torch.float32).\n"
     torch.testing.assert_close(logits_of(MambaForCausalLM.from_pretrained(out)), logits_of(model))
-    assert {path.name for path in out.glob("*token*")} == {
+    assert {path.name for path in out.glob("*token*.json")} == {
         "tokenizer.json",
         "tokenizer_config.json",
         "special_tokens_map.json",

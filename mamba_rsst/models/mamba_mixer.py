@@ -11,6 +11,8 @@ from transformers.cache_utils import Cache
 
 from .configuration_mamba_rsst import MambaRsstBaseConfig
 from .selective_scan import selective_scan
+from .selective_scan_torch import exp_, log_base
+from .token_linear import TokenLinear
 
 
 # Read in fp32 whatever dtype a checkpoint is loaded in: small differences in these change how fast a state decays.
@@ -39,11 +41,11 @@ class MambaMixer(nn.Module):
         self.mixer_rms_eps = getattr(config, "mixer_rms_eps", None)
         self.scan_implementation = config.scan_implementation
 
-        self.in_proj = nn.Linear(config.hidden_size, 2 * self.d_inner, bias=config.use_bias)
+        self.in_proj = TokenLinear(config.hidden_size, 2 * self.d_inner, bias=config.use_bias)
         self._add_direction("", "A_log", config, own=True)
         if self.bidirectional != "none":
             self._add_direction("_b", "A_b_log", config, own=self.bidirectional == "v2")
-        self.out_proj = nn.Linear(self.d_inner, config.hidden_size, bias=config.use_bias)
+        self.out_proj = TokenLinear(self.d_inner, config.hidden_size, bias=config.use_bias)
 
     def _add_direction(self, suffix, decay_name, config, own):
         """The parameters of one direction; without `own` it shares all but the decay A with the forward direction."""
@@ -51,7 +53,7 @@ class MambaMixer(nn.Module):
         modules = {}
         if own:
             modules["conv1d"] = nn.Conv1d(E, E, K, groups=E, padding=K - 1, bias=config.use_conv_bias)
-            modules["x_proj"] = nn.Linear(E, R + 2 * N, bias=False)
+            modules["x_proj"] = TokenLinear(E, R + 2 * N, bias=False)
             modules["dt_proj"] = nn.Linear(R, E, bias=True)
             self.register_parameter("D" + suffix, nn.Parameter(torch.ones(E)))
         for name, module in modules.items():
@@ -123,21 +125,23 @@ class MambaMixer(nn.Module):
         return layer.conv_states[0], layer.recurrent_states[0]
 
     def _step(self, hidden_states, conv_state, state):
-        """One token: (B, 1, D) -> (B, 1, D). Plain torch of static shapes that writes both states where they lie, so
-        that a whole model's step can be captured as one CUDA graph."""
-        x, gate = self.in_proj(hidden_states[:, 0]).chunk(2, dim=-1)
+        """One token: (B, 1, D) -> (B, 1, D). Few ops of static shapes, which write both states where they lie, so that
+        a whole model's step can be captured as one CUDA graph. What is small is computed in the state's dtype."""
+        narrow, wide, base = hidden_states.dtype, state.dtype, log_base(state.device)
+        conv1d = self.conv1d
+        x, gate = self.in_proj(hidden_states[:, 0]).to(wide).chunk(2, dim=-1)
         window = torch.cat([conv_state[..., 1:], x[..., None]], dim=-1)
         conv_state.copy_(window)
-        u = (window * self.conv1d.weight[:, 0]).sum(-1)
-        u = F.silu(u if self.conv1d.bias is None else u + self.conv1d.bias)
-        low_rank, B, C = self._project(u, self.x_proj)
-        wide = state.dtype
-        dt = F.softplus(F.linear(low_rank, self.dt_proj.weight).to(wide) + self.dt_proj.bias)
-        decay = torch.exp(dt[..., None] * -torch.exp(self.A_log.to(wide)))
-        state.mul_(decay).addcmul_((dt * u)[..., None], B[:, None].to(wide))
+        u = (window * conv1d.weight[:, 0]).sum(-1)
+        u = F.silu(u if conv1d.bias is None else u + conv1d.bias)
+        low_rank, B, C = self._project(u.to(narrow), self.x_proj)
+        dt = F.softplus(F.linear(low_rank, self.dt_proj.weight) + self.dt_proj.bias)
+        rate = exp_(self.A_log.to(wide) * base)
+        state.mul_(exp_((dt * -base)[..., None] * rate))
+        state.addcmul_((dt * u)[..., None], B[:, None].to(wide))
         y = torch.bmm(state, C[..., None].to(wide))[..., 0]
-        y = torch.addcmul(y, u, self.D).to(x.dtype)
-        return self.out_proj(y * F.silu(gate))[:, None]
+        y = torch.addcmul(y, u, self.D) * F.silu(gate)
+        return self.out_proj(y.to(narrow))[:, None]
 
     def _scan(self, u, delta, A, B, C, D, bias, reverse, **states):
         return selective_scan(

@@ -10,6 +10,7 @@ from transformers.utils import ModelOutput, logging
 
 from .configuration_mamba_rsst import MambaRsstConfig
 from .mamba_block import MambaBlock, MambaPreTrainedModel, make_norm
+from .token_linear import TokenLinear
 
 
 logger = logging.get_logger(__name__)
@@ -111,7 +112,7 @@ class MambaForCausalLM(MambaRsstPreTrainedModel, GenerationMixin):
     def __init__(self, config: MambaRsstConfig):
         super().__init__(config)
         self.backbone = MambaRsstModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = TokenLinear(config.hidden_size, config.vocab_size, bias=False)
         self.lm_head.is_head = True
         self.post_init()
 

@@ -40,7 +40,7 @@ def scan_forward(u, delta, A, B, C, D, delta_bias, initial_state, delta_softplus
     steps = _chunk_steps(G, Z, L, E, N, u.device)
     with torch.no_grad(), torch.autocast(u.device.type, enabled=False):
         for tile in _tiles(G, Z, E, N, reverse, u.device):
-            decay_rate = tile.by_direction(A, dtype).mul(_log_base(u.device)).transpose(1, 2).contiguous()[:, None]
+            decay_rate = tile.by_direction(A, dtype).mul(log_base(u.device)).transpose(1, 2).contiguous()[:, None]
             skip, bias = (None if x is None else tile.by_direction(x, dtype)[:, None] for x in (D, delta_bias))
             buffers = torch.empty((2, steps, tile.G, tile.Z, N, E), dtype=dtype, device=u.device)
             h = tile.start(initial_state, dtype, (N, E), u.device)
@@ -51,7 +51,7 @@ def scan_forward(u, delta, A, B, C, D, delta_bias, initial_state, delta_softplus
                 x, b, c = (tile.load(v, s, e, dtype) for v in (u, B, C))
                 dt = _step_size(tile.load(delta, s, e, dtype), bias, delta_softplus)
                 decay, state = buffers[0, :n], buffers[1, :n]
-                _exp_(torch.mul(dt[:, :, :, None], decay_rate, out=decay))
+                exp_(torch.mul(dt[:, :, :, None], decay_rate, out=decay))
                 torch.mul((dt * x)[:, :, :, None], b[..., None], out=state)
                 _recur_(state, decay, h)
                 h.copy_(state[-1])
@@ -75,7 +75,7 @@ def scan_backward(dy, dlast_state, u, delta, A, B, C, D, delta_bias, initial_sta
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         for tile in _tiles(G, Z, E, N, reverse, device):
             At = tile.by_direction(A, dtype).transpose(1, 2).contiguous()[:, None]
-            decay_rate = At * _log_base(device)
+            decay_rate = At * log_base(device)
             skip, bias = (None if x is None else tile.by_direction(x, dtype)[:, None] for x in (D, delta_bias))
             decays, grads = torch.empty((2, size, tile.G, tile.Z, N, E), dtype=dtype, device=device)
             history = torch.empty((size + 1, tile.G, tile.Z, N, E), dtype=dtype, device=device)
@@ -90,7 +90,7 @@ def scan_backward(dy, dlast_state, u, delta, A, B, C, D, delta_bias, initial_sta
                 # Forward again through this chunk, from its saved state: history[t] is the state before step t.
                 decay, before, after = decays[:n], history[:n], history[1 : n + 1]
                 history[0].copy_(tile.states(states, k))
-                _exp_(torch.mul(dt[:, :, :, None], decay_rate, out=decay))
+                exp_(torch.mul(dt[:, :, :, None], decay_rate, out=decay))
                 torch.mul(dtx[:, :, :, None], b[..., None], out=after)
                 _recur_(after, decay, history[0])
                 # dh_t = C_t dy_t + decay_{t+1} dh_{t+1}
@@ -246,10 +246,10 @@ def _compute_dtype(u):
 _EXP2_IS_FAST = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
-def _log_base(device):
+def log_base(device):
     return math.log2(math.e) if device.type != "cpu" or _EXP2_IS_FAST else 1.0
 
 
-def _exp_(x):
-    """exp of what was scaled by `_log_base`, in place."""
+def exp_(x):
+    """exp of what was scaled by `log_base`, in place."""
     return torch.exp2(x, out=x) if x.device.type != "cpu" or _EXP2_IS_FAST else torch.exp(x, out=x)
