@@ -27,12 +27,19 @@ PROGRAMS = 256  # along the rows; each goes on to further tiles and keeps its ow
 _NAMESPACE = re.sub(r"\W", "_", __name__.rpartition(".")[0].removesuffix(".models"), flags=re.ASCII)
 
 
-def causal_conv1d_silu(x: Tensor, taps: Tensor, bias: Tensor | None, reverse: tuple[bool, ...]) -> Tensor:
+def causal_conv1d_silu(
+    x: Tensor, taps: Tensor, bias: Tensor | None, reverse: tuple[bool, ...], past: Tensor | None = None
+) -> Tensor:
     """silu(bias + sum_k taps[k] x[t - (K - 1) + k]) for each direction; one that is reversed looks ahead instead.
 
-    x (B, L, E); taps (G, K, E); bias (G, E); `reverse` G bools -> (G, B, L, E) in x's dtype, summed in fp32 (fp64 for
-    fp64). Source: Gu & Dao 2023, arXiv:2312.00752, fig. 3; the reversed direction is Vim's (arXiv:2401.09417, alg. 1).
+    x (B, L, E); taps (G, K, E); bias (G, E); `reverse` G bools -> (G, B, L, E) in x's dtype.
+    past: (B, E, at least K - 1), what came before x; default zeros.
+    Source: Gu & Dao 2023, arXiv:2312.00752, fig. 3; the reversed direction is Vim's (arXiv:2401.09417, alg. 1).
     """
+    if past is not None:
+        before = taps.shape[1] - 1
+        x = torch.cat([past[..., past.shape[-1] - before :].transpose(1, 2).to(x.dtype), x], dim=1)
+        return causal_conv1d_silu(x, taps, bias, reverse)[:, :, before:]
     if _fused(x):
         mask = sum(1 << g for g, backwards in enumerate(reverse) if backwards)
         return getattr(torch.ops, _NAMESPACE).causal_conv1d_silu(x, taps, bias, mask)

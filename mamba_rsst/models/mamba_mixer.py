@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 
+from .causal_conv1d import causal_conv1d_silu
 from .configuration_mamba_rsst import MambaRsstBaseConfig
 from .selective_scan import selective_scan
 from .selective_scan_torch import exp_, log_base
@@ -87,19 +88,17 @@ class MambaMixer(nn.Module):
         if attention_mask is not None:
             attention_mask = attention_mask[:, -x.shape[1] :, None].to(x.dtype)
             x = x * attention_mask  # behind in_proj, whose bias would otherwise be a past that the sequence has not
-        if self.bidirectional == "v1":  # one convolution, one projection; only the scan runs both ways
-            inputs = [self._scan_inputs(x, self.conv1d, self.x_proj, self.dt_proj, False)] * 2
-        else:
-            inputs = [
-                self._scan_inputs(x, conv1d, x_proj, dt_proj, backwards, conv_state, attention_mask)
-                for backwards, (conv1d, x_proj, dt_proj, _, _) in zip((False, True), self.directions())
-            ]
+        u = self._convolve(x, conv_state)
+        if attention_mask is not None:
+            u = u * attention_mask
+        # v1 has one convolution and one projection: only the scan runs both ways.
+        own = self.directions()[: len(u)]
+        inputs = [self._scan_inputs(u_g, x_proj, dt_proj) for u_g, (_, x_proj, dt_proj, _, _) in zip(u, own)]
         decays = [-torch.exp(_wide(A_log)) for *_, A_log, _ in self.directions()]
         skips = [_wide(D) for *_, D in self.directions()]
         biases = [_wide(dt_proj.bias) for _, _, dt_proj, _, _ in self.directions()]
-        if len(inputs) == 1:
-            u, delta, B, C = inputs[0]
-            arguments = (u, delta, decays[0], B, C, skips[0], biases[0], False)
+        if self.bidirectional == "none":
+            arguments = (u[0], *inputs[0], *decays, *skips, *biases, False)
             if cache_params is None:
                 y = self._scan(*arguments)
             else:
@@ -110,9 +109,9 @@ class MambaMixer(nn.Module):
                 cache_params.update_conv_state(inner, self.layer_idx, conv_kernel_size=self.d_conv)
                 cache_params.update_recurrent_state(last.detach(), self.layer_idx)
         else:
-            u, delta, B, C = (torch.stack(pair) for pair in zip(*inputs))
+            delta, B, C = (torch.stack(parts).expand(2, -1, -1, -1) for parts in zip(*inputs))
             A, D, bias = (torch.stack(pair) for pair in (decays, skips, biases))
-            y = self._scan(u, delta, A, B, C, D, bias, (False, True)).sum(0)
+            y = self._scan(u.expand(2, -1, -1, -1), delta, B, C, A, D, bias, (False, True)).sum(0)
             if self.scale_out != 1.0:
                 y = y * self.scale_out
         return self.out_proj(y * F.silu(gate))
@@ -143,18 +142,22 @@ class MambaMixer(nn.Module):
         y = torch.addcmul(y, u, self.D) * F.silu(gate)
         return self.out_proj(y.to(narrow))[:, None]
 
-    def _scan(self, u, delta, A, B, C, D, bias, reverse, **states):
+    def _convolve(self, x, past):
+        """(B, L, E) -> (G, B, L, E) for the G convolutions that the mixer has, behind the SiLU."""
+        convs = [self.conv1d, self.conv1d_b] if self.bidirectional == "v2" else [self.conv1d]
+        taps = torch.stack([conv.weight[:, 0].t() for conv in convs])
+        bias = None if self.conv1d.bias is None else torch.stack([conv.bias for conv in convs])
+        return causal_conv1d_silu(x, taps, bias, (False, True)[: len(convs)], past)
+
+    def _scan_inputs(self, u, x_proj, dt_proj):
+        """delta (B, L, E) before bias and softplus, B and C (B, L, N) of one direction."""
+        low_rank, B, C = self._project(u, x_proj)
+        return F.linear(low_rank, dt_proj.weight), B, C
+
+    def _scan(self, u, delta, B, C, A, D, bias, reverse, **states):
         return selective_scan(
             u, delta, A, B, C, D, bias, True, reverse=reverse, implementation=self.scan_implementation, **states
         )
-
-    def _scan_inputs(self, x, conv1d, x_proj, dt_proj, backwards, past=None, mask=None):
-        """u (B, L, E), delta (B, L, E) before bias and softplus, B and C (B, L, N) of one direction."""
-        u = F.silu(causal_conv1d(x, conv1d.weight, conv1d.bias, backwards, past))
-        if mask is not None:
-            u = u * mask
-        low_rank, B, C = self._project(u, x_proj)
-        return u, F.linear(low_rank, dt_proj.weight), B, C
 
     def _project(self, u, x_proj):
         """dt's low rank, B and C, each through its norm if the mixer has norms."""
@@ -167,30 +170,6 @@ class MambaMixer(nn.Module):
 def _wide(x: Tensor) -> Tensor:
     """fp32, or fp64 as it is."""
     return x if x.dtype == torch.float64 else x.float()
-
-
-def causal_conv1d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, backwards: bool = False, past: Tensor | None = None
-) -> Tensor:
-    """Depthwise causal convolution over time: x (B, L, E), weight (E, 1, K), bias (E,) -> (B, L, E) in x's dtype.
-
-    `backwards`: causal in reversed time, as if x were flipped, convolved and flipped back.
-    `past`: (B, E, at least K - 1), what came before x; default zeros.
-    """
-    K, L = weight.shape[-1], x.shape[1]
-    if backwards:
-        weight = weight.flip(-1)
-    if past is not None:
-        x = torch.cat([past[..., past.shape[-1] - K + 1 :].transpose(1, 2).to(x.dtype), x], dim=1)
-    padding = (0, 0) if past is not None else (0, K - 1) if backwards else (K - 1, 0)
-    if x.device.type == "cpu":
-        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-        return F.conv1d(F.pad(x.transpose(1, 2), padding), weight, bias, groups=weight.shape[0]).transpose(1, 2)
-    # Accelerators: K shifted products in the layout the projections use; torch.compile makes one kernel of them.
-    padded = F.pad(x, (0, 0, *padding))
-    taps = weight[:, 0].t()
-    y = sum(padded[:, k : k + L] * taps[k] for k in range(K))
-    return (y if bias is None else y + bias).to(x.dtype)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from tiny import BIDIRECTIONAL, STOCK, TINY, perturb_
 from transformers import MambaConfig, MambaForCausalLM
 
 from mamba_rsst import MambaMixer, MambaRsstConfig, MambaRsstVisionConfig
-from mamba_rsst.models.mamba_mixer import causal_conv1d, init_mixer_
+from mamba_rsst.models.mamba_mixer import init_mixer_
 
 
 def make_mixer(bidirectional="v2", layer_idx=0, **overrides):
@@ -112,33 +112,6 @@ def test_shapes_follow_the_layer():
         assert shapes[decay] == (31, 4)
     assert shapes["in_proj.weight"] == (62, 20) and shapes["out_proj.weight"] == (20, 31)
     assert mixer(torch.randn(2, 9, 20)).shape == (2, 9, 20)
-
-
-@pytest.mark.parametrize("backwards", [False, True])
-@pytest.mark.parametrize("device_kind", ["cpu", "accelerator"])
-@pytest.mark.parametrize("length", [1, 2, 17])
-def test_causal_convolution(length, backwards, device_kind):
-    """Both ways of computing it: nn.Conv1d's, and the shifted products that accelerators run."""
-    x, weight, bias = torch.randn(2, length, 5), torch.randn(5, 1, 4), torch.randn(5)
-    given = _Elsewhere(x) if device_kind == "accelerator" else x
-    for b in (bias, None):
-        out = causal_conv1d(given, weight, b, backwards)
-        flipped = x.flip(1) if backwards else x
-        expected = torch.zeros(2, length, 5)
-        for t in range(length):
-            for k in range(4):
-                if t - k >= 0:
-                    expected[:, t] += flipped[:, t - k] * weight[:, 0, 3 - k]
-        expected = expected.flip(1) if backwards else expected
-        torch.testing.assert_close(torch.Tensor(out), expected if b is None else expected + b)
-
-
-class _Elsewhere(torch.Tensor):
-    """A CPU tensor that says it is not."""
-
-    @property
-    def device(self):
-        return torch.device("meta")
 
 
 @pytest.mark.parametrize("bidirectional", BIDIRECTIONAL)
