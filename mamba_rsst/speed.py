@@ -23,6 +23,7 @@ import transformers
 from ._version import __version__
 from .evaluation import batch_size_of, inference, place_of, weight_bytes
 from .training.compiling import compile_blocks_
+from .training.graphed_step import capture
 
 
 RUN_SECONDS = 0.05
@@ -363,28 +364,6 @@ def _ready(models, inputs, rounds, warmup, autocast_dtype, graph):
                 forward()
             ready[name] = (capture(forward, device) if graph else forward, device, batch_size_of(own))
         yield ready
-
-
-def capture(function: Callable, device: torch.device | str = "cuda", warmup: int = 3, pool=None) -> Callable:
-    """`function` as a CUDA graph; returns its replay, which works on the same tensors each time.
-
-    Captured after `warmup` calls on a stream of its own, which compile kernels and fill libraries' workspaces.
-    """
-    with torch.cuda.device(device):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(warmup):
-                function()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            function()
-
-    def replay(kept_alive=function):  # the tensors that the graph reads hang on the function
-        graph.replay()
-
-    return replay
 
 
 # ---- the clock ----

@@ -16,14 +16,15 @@ MAX_DECAY = 0.99
 
 
 @torch.no_grad()
-def decay_(groups: Iterable[Group], masks: Masks, amount: float) -> None:
+def decay_(groups: Iterable[Group], masks: Masks, amount: float | Tensor) -> None:
     """Decoupled decay, w <- w (1 - amount), of the leaving channels' producer and consumer slices.
 
-    amount: lr * lambda, in [0, 1). Outside the gradient on purpose: there Adam would divide it by its own size.
+    amount: lr * lambda, in [0, 1); a tensor () on the weights' device is taken as it is, without asking for its value,
+    so that a CUDA graph can hold this. Outside the gradient on purpose: there Adam would divide it by its own size.
     Growing L2 regularisation (Wang et al. 2021, arXiv:2012.09243) in AdamW's decoupled form (arXiv:1711.05101).
     Raises ValueError for an amount outside [0, 1).
     """
-    if not 0.0 <= amount < 1.0:
+    if not isinstance(amount, Tensor) and not 0.0 <= amount < 1.0:
         raise ValueError(f"lr * lambda must be in [0, 1), got {amount}; lower lambda_max.")
     slices, factors = [], []
     for group in groups:

@@ -1,4 +1,4 @@
-"""A training step as one CUDA graph: recorded once, then replayed, so that launching its kernels costs nothing."""
+"""CUDA graphs of what repeats: recorded once, then replayed, so that launching the kernels costs nothing."""
 
 from collections.abc import Callable
 
@@ -94,3 +94,25 @@ class GraphedStep:
                 parts.append(gradient)
         if sums:
             torch._foreach_add_(sums, parts)
+
+
+def capture(function: Callable, device: torch.device | str = "cuda", warmup: int = 3, pool=None) -> Callable:
+    """`function` as a CUDA graph; returns its replay, which works on the same tensors each time.
+
+    Captured after `warmup` calls on a stream of its own, which compile kernels and fill libraries' workspaces.
+    """
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(warmup):
+                function()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            function()
+
+    def replay(kept_alive=function):  # the tensors that the graph reads hang on the function
+        graph.replay()
+
+    return replay

@@ -25,7 +25,7 @@ from ..pruning.schedules import schedule_value
 from .arguments import RSSTConfig
 from .compiling import compile_blocks_
 from .data import EpochSampler
-from .graphed_step import GraphedStep
+from .graphed_step import GraphedStep, capture
 from .rounds import (
     RunFolder,
     RunState,
@@ -100,6 +100,7 @@ class RSSTTrainer(Trainer):
         self._lambda_max = 0.0
         self._penalty_weight = torch.zeros((), device=args.device)  # lambda, where a recorded step can read it
         self._graphed: dict[int, GraphedStep] = {}
+        self._graphed_decay = None
         self._clock = (time.perf_counter(), 0)
         self._parameter_count: int | None = None
         self._check_decay()
@@ -243,7 +244,7 @@ class RSSTTrainer(Trainer):
     def _fresh_optimizer(self) -> None:
         """Forget the optimizer, schedule and wrapped model: they may hold parameters from before a cut."""
         self.optimizer = self.lr_scheduler = None
-        self._graphed, self._parameter_count = {}, None
+        self._graphed, self._graphed_decay, self._parameter_count = {}, None, None
         self._created_lr_scheduler = False
         self.model_wrapped = self.model
         self.accelerator.free_memory()
@@ -440,7 +441,19 @@ class RSSTTrainer(Trainer):
             amount = self.optimizer.param_groups[0]["lr"] * self._lambda()
             if self.args.lambda_max is None:
                 amount = min(amount, MAX_DECAY)  # the bound under which the strength was solved for
+            self._decay(amount)
+
+    def _decay(self, amount: float) -> None:
+        if not self.args.cuda_graphs:
             decay_(self._leaving_groups, self._masks, amount)
+            return
+        if self._graphed_decay is None:
+            held = torch.zeros((), device=self.args.device)  # zero while the graph is recorded: nothing changes then
+            replay = capture(lambda: decay_(self._leaving_groups, self._masks, held), self.args.device)
+            self._graphed_decay = (held, replay)
+        held, replay = self._graphed_decay
+        held.fill_(amount)
+        replay()
 
     def log(self, logs: dict, *args, **kwargs) -> None:
         """Add the speed, lambda, the leaving channels' share of the norm and the channel sparsity to the logs."""
