@@ -23,3 +23,4 @@ bench:     ## the CPU benchmarks
 	python benchmarks/bench_scan.py
 	python benchmarks/bench_train.py
 	python benchmarks/bench_pruned.py
+	python benchmarks/bench_decode.py
