@@ -25,3 +25,4 @@ bench:     ## the CPU benchmarks
 	python benchmarks/bench_pruned.py
 	python benchmarks/bench_infer.py
 	python benchmarks/bench_widths.py
+	python benchmarks/bench_decode.py

@@ -169,12 +169,17 @@ def _save_beside(model, source: str, out) -> None:
     import shutil
     from pathlib import Path
 
+    from huggingface_hub import snapshot_download
+
+    patterns = ("preprocessor_config.json", "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt")
+    folder = Path(source)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(source, allow_patterns=patterns))
     beside = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(beside, ignore_errors=True)
     model.save_pretrained(beside)
-    for pattern in ("preprocessor_config.json", "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt"):
-        for file in Path(source).glob(pattern) if Path(source).is_dir() else ():
-            shutil.copy2(file, beside)
+    for file in (file for pattern in patterns for file in folder.glob(pattern)):
+        shutil.copy2(file, beside)
     beside.rename(out)
 
 

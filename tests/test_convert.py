@@ -168,6 +168,23 @@ def test_command_line(tmp_path, capsys, kind):
     assert "exists; choose a new folder" in capsys.readouterr().err
 
 
+def test_tokenizer_of_a_model_on_the_hub(tmp_path, monkeypatch):
+    """Only its small files are fetched; all requests end here."""
+    (tmp_path / "cached").mkdir()
+    (tmp_path / "cached" / "tokenizer.json").write_text("{}")
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.append((name, "tokenizer*" in allow_patterns and "*.safetensors" not in allow_patterns))
+        return str(tmp_path / "cached")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("mamba_rsst.convert.convert_checkpoint", lambda name: make("lm"))
+    assert main(["convert", "somebody/mamba", str(tmp_path / "out")]) == 0
+    assert asked == [("somebody/mamba", True)]
+    assert (tmp_path / "out" / "tokenizer.json").is_file() and (tmp_path / "out" / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize("kind", LANGUAGE)
 def test_a_language_model_through_the_other_commands(tmp_path, capsys, kind):
     make(kind).save_pretrained(tmp_path / "model")

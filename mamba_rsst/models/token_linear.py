@@ -33,7 +33,7 @@ class TokenLinear(nn.Linear):
             and self.weight.numel() >= _LEAST_WEIGHTS
             and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled("cpu")
-            and not torch.compiler.is_compiling()
+            and not torch.compiler.is_compiling()  # whose CPU back end takes this op for frozen weights only
         )
 
 
