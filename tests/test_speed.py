@@ -314,7 +314,8 @@ def test_the_command_compares_two_saved_models(saved, tmp_path):
         if row["times_better"]:
             assert f"{row['times_better']:.2f}×" in done.stdout
     for row in device["rows"][:2]:
-        assert f"{row['value']:,.0f} " in done.stdout
+        digits = 0 if row["value"] >= 1000 else 1 if row["value"] >= 100 else 2  # a busy machine is slow
+        assert f"{row['value']:,.{digits}f} " in done.stdout
 
 
 def test_the_command_measures_a_language_model(saved):
