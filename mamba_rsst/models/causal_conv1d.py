@@ -23,7 +23,7 @@ except ImportError:
 
 ROWS, COLUMNS = 8, 128  # of the tile that a program works on at a time
 PROGRAMS = 1024  # along the rows; each goes on to further tiles and keeps its own sums for the taps' gradients
-OPTIONS = dict(num_warps=1)  # sums over a tile's rows stay inside a warp: with four warps they took three times as long
+OPTIONS = dict(num_warps=1)  # sums over a tile's rows stay inside a warp: with four they took three times as long
 
 _NAMESPACE = re.sub(r"\W", "_", __name__.rpartition(".")[0].removesuffix(".models"), flags=re.ASCII)
 
@@ -241,7 +241,9 @@ def _conv_silu_backward(
             du, x, taps, bias, dy, sums, rows, x.shape[1], E, x_row, reverse,
             K=K, SUMS=1 << K.bit_length(), HAS_BIAS=bias is not None, ROWS=ROWS, COLUMNS=COLUMNS, **OPTIONS,
         )  # fmt: skip
-        _input_kernel[grid](dy, taps, dx, rows, x.shape[1], E, reverse, G=G, K=K, ROWS=ROWS, COLUMNS=COLUMNS, **OPTIONS)
+        _input_kernel[grid](
+            dy, taps, dx, rows, x.shape[1], E, reverse, G=G, K=K, ROWS=ROWS, COLUMNS=COLUMNS, **OPTIONS
+        )  # fmt: skip
     sums = sums.sum(0)
     return dx, sums[:, :K].to(taps.dtype, copy=True), sums[:, K].to(taps.dtype, copy=True)
 

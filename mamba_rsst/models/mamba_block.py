@@ -10,8 +10,8 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
 
+from .cpu_linear import CpuLinear
 from .mamba_mixer import FP32_PARAMETERS, MambaMixer, init_mixer_, no_weight_decay
-from .token_linear import TokenLinear
 
 
 class MambaMLP(nn.Module):
@@ -21,8 +21,8 @@ class MambaMLP(nn.Module):
         super().__init__()
         self.layer_idx = layer_idx
         self.intermediate_size = config.widths("intermediate_size")[layer_idx]
-        self.fc1 = TokenLinear(config.hidden_size, self.intermediate_size)
-        self.fc2 = TokenLinear(self.intermediate_size, config.hidden_size)
+        self.fc1 = CpuLinear(config.hidden_size, self.intermediate_size)
+        self.fc2 = CpuLinear(self.intermediate_size, config.hidden_size)
         self.fc2.ends_branch = True
 
     def forward(self, x: Tensor) -> Tensor:

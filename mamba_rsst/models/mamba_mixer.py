@@ -11,9 +11,9 @@ from transformers.cache_utils import Cache
 
 from .causal_conv1d import causal_conv1d_silu
 from .configuration_mamba_rsst import MambaRsstBaseConfig
+from .cpu_linear import CpuLinear, linear
 from .selective_scan import selective_scan
 from .selective_scan_torch import exp_, log_base
-from .token_linear import TokenLinear
 
 
 # Read in fp32 whatever dtype a checkpoint is loaded in: small differences in these change how fast a state decays.
@@ -42,11 +42,11 @@ class MambaMixer(nn.Module):
         self.mixer_rms_eps = getattr(config, "mixer_rms_eps", None)
         self.scan_implementation = config.scan_implementation
 
-        self.in_proj = TokenLinear(config.hidden_size, 2 * self.d_inner, bias=config.use_bias)
+        self.in_proj = CpuLinear(config.hidden_size, 2 * self.d_inner, bias=config.use_bias)
         self._add_direction("", "A_log", config, own=True)
         if self.bidirectional != "none":
             self._add_direction("_b", "A_b_log", config, own=self.bidirectional == "v2")
-        self.out_proj = TokenLinear(self.d_inner, config.hidden_size, bias=config.use_bias)
+        self.out_proj = CpuLinear(self.d_inner, config.hidden_size, bias=config.use_bias)
 
     def _add_direction(self, suffix, decay_name, config, own):
         """The parameters of one direction; without `own` it shares all but the decay A with the forward direction."""
@@ -54,7 +54,7 @@ class MambaMixer(nn.Module):
         modules = {}
         if own:
             modules["conv1d"] = nn.Conv1d(E, E, K, groups=E, padding=K - 1, bias=config.use_conv_bias)
-            modules["x_proj"] = TokenLinear(E, R + 2 * N, bias=False)
+            modules["x_proj"] = CpuLinear(E, R + 2 * N, bias=False)
             modules["dt_proj"] = nn.Linear(R, E, bias=True)
             self.register_parameter("D" + suffix, nn.Parameter(torch.ones(E)))
         for name, module in modules.items():
@@ -152,7 +152,7 @@ class MambaMixer(nn.Module):
     def _scan_inputs(self, u, x_proj, dt_proj):
         """delta (B, L, E) before bias and softplus, B and C (B, L, N) of one direction."""
         low_rank, B, C = self._project(u, x_proj)
-        return F.linear(low_rank, dt_proj.weight), B, C
+        return linear(low_rank, dt_proj.weight), B, C
 
     def _scan(self, u, delta, B, C, A, D, bias, reverse, **states):
         return selective_scan(

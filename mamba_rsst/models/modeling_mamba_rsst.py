@@ -9,8 +9,8 @@ from transformers.generation import GenerationMixin
 from transformers.utils import ModelOutput, logging
 
 from .configuration_mamba_rsst import MambaRsstConfig
+from .cpu_linear import CpuLinear
 from .mamba_block import MambaBlock, MambaPreTrainedModel, make_norm
-from .token_linear import TokenLinear
 
 
 logger = logging.get_logger(__name__)
@@ -112,7 +112,7 @@ class MambaForCausalLM(MambaRsstPreTrainedModel, GenerationMixin):
     def __init__(self, config: MambaRsstConfig):
         super().__init__(config)
         self.backbone = MambaRsstModel(config)
-        self.lm_head = TokenLinear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = CpuLinear(config.hidden_size, config.vocab_size, bias=False)
         self.lm_head.is_head = True
         self.post_init()
 
