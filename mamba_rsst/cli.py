@@ -1,4 +1,4 @@
-"""The command line: train, prune, inspect, eval, bench, convert. Bad input is one sentence and exit code 2."""
+"""The command line: train, prune, inspect, eval, bench, convert, export, push. Bad input: one sentence, exit 2."""
 
 import argparse
 import os
@@ -66,8 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("--dry-run", action="store_true", help="print the table, write nothing")
     prune.set_defaults(run=_prune)
 
-    inspect = commands.add_parser("inspect", help="widths, parameters and arithmetic of a checkpoint")
+    inspect = commands.add_parser("inspect", help="widths and costs of a checkpoint, and where it runs")
     inspect.add_argument("model", help="folder or hub id")
+    inspect.add_argument("--json", metavar="FILE", help="write it there too; -: to stdout, and nothing else")
     inspect.set_defaults(run=_inspect)
 
     evaluate = commands.add_parser("eval", help="accuracy and cost of an image classifier")
@@ -101,6 +102,20 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("model", help="folder or hub id")
     convert.add_argument("out", help="folder for the converted model; must not exist")
     convert.set_defaults(run=_convert)
+
+    export = commands.add_parser("export", help="a language model as transformers' own Mamba, or for mamba_ssm")
+    export.add_argument("model", help="folder or hub id")
+    export.add_argument("out", help="folder for the exported model; must not exist")
+    export.add_argument("--format", default="transformers", help="transformers (default) or mamba_ssm")
+    export.add_argument("--pad", action="store_true", help="fill uneven layers with zeros up to the widest")
+    export.set_defaults(run=_export)
+
+    push = commands.add_parser("push", help="upload a saved model to the Hub")
+    push.add_argument("model", help="folder")
+    push.add_argument("repo", help="name or user/name; made if it is not there")
+    push.add_argument("--private", action="store_true", help="if the repository is made, make it private")
+    push.add_argument("--message", help="of the commit")
+    push.set_defaults(run=_push)
     return parser
 
 
@@ -166,21 +181,29 @@ def _new_folder(name: str):
 
 def _save_beside(model, source: str, out) -> None:
     """Write the whole folder beside `out`, then rename; the preprocessor or tokenizer goes along."""
-    import shutil
-    from pathlib import Path
+    from .hub import save_folder
 
-    from huggingface_hub import snapshot_download
+    save_folder(model.save_pretrained, source, out)
 
-    patterns = ("preprocessor_config.json", "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt")
-    folder = Path(source)
-    if not folder.is_dir():
-        folder = Path(snapshot_download(source, allow_patterns=patterns))
-    beside = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    model.save_pretrained(beside)
-    for file in (file for pattern in patterns for file in folder.glob(pattern)):
-        shutil.copy2(file, beside)
-    beside.rename(out)
+
+def _export(args) -> None:
+    from .export import export_checkpoint
+
+    done = export_checkpoint(args.model, args.out, format=args.format, pad=args.pad)
+    if done.padded:
+        filled = ", ".join(f"{name} {now}" for name, (_, now) in done.padded.items())
+        print(f"Filled with zeros to {filled} in every layer: the same function, padding brings")
+        for key, what in (("parameters", "parameters"), ("macs_per_token", "MACs a token")):
+            was, now = done.before[key], done.after[key]
+            print(f"  {what} from {was:,} back to {now:,} ({now / was - 1:+.1%})")
+    kind = f"transformers' own {done.model_type}" if done.model_type else "mamba_ssm's format"
+    print(f"Saved to {args.out}: {kind}, {done.after['parameters']:,} parameters ({done.dtype}).")
+
+
+def _push(args) -> None:
+    from .hub import push_folder
+
+    print(f"Pushed to {push_folder(args.model, args.repo, private=args.private, message=args.message)}.")
 
 
 def _calibration(args, model, config):
@@ -205,31 +228,26 @@ def _calibration(args, model, config):
 
 
 def _inspect(args) -> None:
-    import torch
+    import json
+    from pathlib import Path
+
     from rich.console import Console
-    from rich.table import Table
 
-    from .evaluation import count_macs_per_item, count_parameters
-    from .hub import load_model
-    from .pruning import find_groups
+    from .export import inspect_model
+    from .report import inspect_tables, write_atomic
 
-    model = load_model(args.model)
-    groups = find_groups(model)
-    targets = list(dict.fromkeys(g.target for g in groups))
-    sizes = {(g.layer, g.target): g.size for g in groups}
-    table = Table(title=f"{args.model} ({type(model).__name__})")
-    for column in ("Layer", *targets):
-        table.add_column(column, justify="right")
-    for layer in sorted({g.layer for g in groups}):
-        table.add_row(str(layer), *(f"{sizes[layer, t]:,}" if (layer, t) in sizes else "–" for t in targets))
+    if args.json and Path(args.json).expanduser().is_dir():
+        raise ValueError(f"--json {args.json!r} is a folder.")
+    found = inspect_model(args.model)
+    text = json.dumps(found, indent=1) + "\n"
+    if args.json == "-":
+        print(text, end="")
+        return
     console = Console()
-    console.print(table)
-    console.print(f"parameters  {count_parameters(model):,}  ({next(model.parameters()).dtype})")
-    if model.main_input_name == "pixel_values":
-        c = model.config
-        image = {"pixel_values": torch.zeros(1, c.num_channels, c.image_size, c.image_size)}
-        console.print(f"MACs        {count_macs_per_item(model, image):,} an image")
-    console.print(f"prunable    {', '.join(targets)}")
+    for part in inspect_tables(found):
+        console.print(part)
+    if args.json:
+        write_atomic(Path(args.json).expanduser(), text)
 
 
 def _eval(args) -> None:

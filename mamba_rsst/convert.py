@@ -73,6 +73,45 @@ def config_from_mamba_ssm(content: dict) -> MambaRsstConfig:
     )
 
 
+def config_to_mamba_ssm(config: MambaRsstConfig) -> dict:
+    """The reverse: the content of the config.json of mamba_ssm's MambaLMHeadModel.
+
+    Raises ValueError for what that class does not have: norms of B, C and dt, MLPs like ours, another epsilon than
+    1e-5, layers of different widths, a d_inner that is no multiple of the hidden size.
+    """
+    if config.mixer_rms_eps is not None:
+        raise ValueError("it has norms of B, C and dt, and mamba_ssm's Mamba has none.")
+    if any(config.widths("intermediate_size")):
+        raise ValueError("its blocks have MLPs without gates, and those of mamba_ssm have gates.")
+    if config.layer_norm_epsilon != 1e-5:  # MambaLMHeadModel leaves MixerModel's default (models/mixer_seq_simple.py)
+        raise ValueError(f"its norms' epsilon is {config.layer_norm_epsilon}, and that of mamba_ssm is always 1e-05.")
+    for name in ("d_inner", "d_state", "dt_rank"):
+        if isinstance(getattr(config, name), list):
+            raise ValueError(f"its layers differ in {name}, and mamba_ssm has one for all layers.")
+    # modules/mamba_simple.py: d_inner = int(expand * d_model), but the caches of generation have d_model * expand
+    # channels as it stands, so a fraction fails there.
+    expand, rest = divmod(config.d_inner, config.hidden_size)
+    if rest:
+        raise ValueError(
+            f"its d_inner {config.d_inner} is no multiple of its hidden_size {config.hidden_size}, as mamba_ssm wants."
+        )
+    ssm = {theirs: getattr(config, ours) for theirs, ours in _SSM_CFG.items()}
+    return {
+        "d_model": config.hidden_size,
+        "d_intermediate": 0,
+        "n_layer": config.num_hidden_layers,
+        "vocab_size": config.vocab_size,
+        "ssm_cfg": {"layer": "Mamba1", **ssm, "expand": expand},
+        "attn_layer_idx": [],
+        "attn_cfg": {},
+        "rms_norm": config.norm == "rms",
+        "residual_in_fp32": config.residual_in_fp32,
+        "fused_add_norm": True,
+        "pad_vocab_size_multiple": 1,
+        "tie_embeddings": config.tie_word_embeddings,
+    }
+
+
 def _read_weights(name: str) -> dict[str, torch.Tensor]:
     for file in WEIGHTS:
         found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)

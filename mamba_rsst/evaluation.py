@@ -10,10 +10,12 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from .models import MambaForCausalLM, MambaRsstConfig
 from .pruning.importance import evaluation_mode
 
 
@@ -51,6 +53,30 @@ def count_macs(model, inputs: dict) -> int:
 def count_macs_per_item(model, inputs: dict) -> int:
     """`count_macs` divided by the batch size: what one image or one sequence costs."""
     return count_macs(model, inputs) // batch_size_of(inputs)
+
+
+def language_model_costs(config: MambaRsstConfig, dtype: torch.dtype) -> dict[str, int]:
+    """What a language model of these widths has and takes, without its weights: {parameters, macs_per_token,
+    state_bytes}.
+
+    parameters: tied embeddings count once.  macs_per_token: as `count_macs`, the head included.
+    state_bytes: what generation keeps of one sequence, whatever its length; the scan's state is fp32 in any dtype.
+    """
+    with torch.device("meta"):
+        model = MambaForCausalLM(config).to(dtype).eval()
+    # Fake tensors have no data either, yet are "on the CPU": meta ones would take the accelerators' way, whose
+    # convolution is elementwise work and not counted.
+    with FakeTensorMode(), torch.no_grad():
+        weights = {name: torch.empty(tensor.shape, dtype=dtype) for name, tensor in model.named_parameters()}
+        call = (model, weights, torch.zeros(1, 1, dtype=torch.long), {"use_cache": True})
+        with FlopCounterMode(display=False) as counter:
+            layers = torch.func.functional_call(*call).cache_params.layers
+    states = [state for layer in layers for state in (layer.conv_states[0], layer.recurrent_states[0])]
+    return {
+        "parameters": count_parameters(model),
+        "macs_per_token": counter.get_total_flops() // 2,
+        "state_bytes": sum(state.numel() * state.element_size() for state in states),
+    }
 
 
 class _CustomOpsWithoutFormula(TorchDispatchMode):

@@ -1,10 +1,13 @@
-"""Checkpoints in: what can be loaded, with one clear sentence where it cannot."""
+"""Checkpoints in and out: what can be loaded, saved and uploaded, with one clear sentence where it cannot."""
 
 import json
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HTTPError, StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedModel
 from transformers.utils import cached_file, logging
 
@@ -89,6 +92,64 @@ def load_checked(loader, name: str, state_dict: dict | None = None, **kwargs) ->
             keys = sorted(str(k[0] if isinstance(k, tuple) else k) for k in info[kind])
             raise ValueError(f"{name!r}: {len(keys)} of its weights {what}, the first is {keys[0]!r}.")
     return model
+
+
+# What lies beside a model's weights and config and goes wherever they go.
+_COMPANIONS = (
+    *("preprocessor_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*"),
+    *("merges.txt", "chat_template*"),
+)
+
+
+def save_folder(write: Callable[[Path], None], source: str, out: Path) -> None:
+    """Save a model to the new folder `out`: `write(folder)` beside it, then rename, so that it is whole or not there.
+
+    The tokenizer's and the image processor's files of `source`, the folder or hub id it came from, go along.
+    """
+    beside = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        write(beside)
+        folder = Path(source).expanduser()
+        if not folder.is_dir():
+            folder = Path(snapshot_download(source, allow_patterns=list(_COMPANIONS)))
+        for pattern in _COMPANIONS:
+            for file in folder.glob(pattern):
+                if file.is_file():
+                    shutil.copy2(file, beside)
+        beside.rename(out)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def push_folder(folder: str | os.PathLike, repo: str, private: bool = False, message: str | None = None) -> str:
+    """Upload a saved model to the Hub, in one commit; the repository is made if it is not there. Returns its address.
+
+    repo: "name" or "user/name".  private: of a repository that is made now.
+    What a run keeps for itself (its stages, logs of the trainer, states) stays here.
+    Raises FileNotFoundError or ValueError naming what is wrong: no model, no access, no connection.
+    """
+    from .training.rounds import NOT_UPLOADED
+
+    name, path = str(folder), Path(folder).expanduser()
+    if not path.is_dir():
+        raise FileNotFoundError(f"There is no model folder {name!r}.")
+    read_config(str(path))
+    if not any(path.glob("*.safetensors")) and not (path / "pytorch_model.bin").is_file():
+        raise FileNotFoundError(f"{name!r} has no weights: it is not a saved model.")
+    try:
+        api = HfApi()
+        made = api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=made.repo_id,
+            folder_path=path,
+            commit_message=message or "Upload model",
+            ignore_patterns=NOT_UPLOADED,
+        )
+    except (HTTPError, OSError, ValueError) as error:
+        raise ValueError(f"{name!r} could not be pushed to {repo!r}: {one_line(error)}") from error
+    return str(made)
 
 
 def _is_local(name: str) -> bool:

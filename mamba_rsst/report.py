@@ -148,6 +148,33 @@ def _speed(row, memory) -> str:
     return f"{value} ({low}–{high})"
 
 
+def inspect_tables(found: dict) -> list:
+    """What `mamba-rsst inspect` prints, rich tables and lines; `found` as `inspect_model` returns it."""
+    from rich import box
+    from rich.table import Table
+
+    widths = Table(title=f"{found['path']} ({found['class']})")
+    for column in ("Layer", *found["prunable"]):
+        widths.add_column(column, justify="right")
+    for layer, sizes in enumerate(found["layers"]):
+        widths.add_row(str(layer), *(f"{sizes[t]:,}" if t in sizes else MISSING for t in found["prunable"]))
+    tied = "; tied embeddings counted once" if found.get("tied_embeddings") else ""
+    lines = [f"parameters  {found['parameters']:,}  (torch.{found['dtype']}{tied})"]
+    for what in ("image", "token"):
+        if f"macs_per_{what}" in found:
+            article = "an" if what == "image" else "a"
+            lines.append(f"MACs        {found[f'macs_per_{what}']:,} {article} {what}")
+    if "state_bytes" in found:
+        lines.append(f"state       {found['state_bytes'] / 1024:,.1f} KiB a sequence, of any length")
+    lines.append(f"prunable    {', '.join(found['prunable'])}")
+    places = Table("Runs as it is in", "", "Why, and what would make it so", box=box.SIMPLE_HEAD)
+    places.caption = "vLLM, llama.cpp and mamba_ssm: as their code says; it was not run."
+    for place in found["runs_in"]:
+        more = f"\n→ {place['command']}" if place["command"] else ""
+        places.add_row(place["where"], "yes" if place["runs"] else "no", place["why"] + more)
+    return [widths, *lines, places]
+
+
 def widths_table(table: list[dict]):
     """A rich Table of {layer, target, before, after}, then the total of each target with its sparsity."""
     from rich.table import Table

@@ -1,6 +1,6 @@
 """Hugging Face models on one shared MambaMixer. It imports nothing of the package: the Hub runs copies of it."""
 
-from .configuration_mamba_rsst import MambaRsstConfig, config_from_transformers
+from .configuration_mamba_rsst import MambaRsstConfig, config_from_transformers, config_to_transformers
 from .configuration_mamba_rsst_vision import PRESETS, MambaRsstVisionConfig
 from .mamba_mixer import MambaMixer
 from .modeling_mamba_rsst import MambaForCausalLM, MambaRsstModel
@@ -18,5 +18,6 @@ __all__ = [
     "MambaRsstVisionConfig",
     "MambaVisionModel",
     "config_from_transformers",
+    "config_to_transformers",
     "selective_scan",
 ]

@@ -176,4 +176,29 @@ def config_from_transformers(content: dict) -> MambaRsstConfig:
     return MambaRsstConfig(**fields)
 
 
-__all__ = ["WIDTHS", "MambaRsstBaseConfig", "MambaRsstConfig", "config_from_transformers"]
+def config_to_transformers(config: MambaRsstConfig) -> dict:
+    """The reverse: the content of the config.json of transformers' Mamba, or FalconMamba for a model with mixer norms.
+
+    Raises ValueError for what those architectures do not have: MLPs, layer norms, layers of different widths.
+    """
+    if any(config.widths("intermediate_size")):
+        raise ValueError("its blocks have MLPs, and those of transformers' Mamba have none.")
+    if config.norm != "rms":
+        raise ValueError(f"its norms are {config.norm!r}, and those of transformers' Mamba are 'rms'.")
+    for name in ("d_inner", "d_state", "dt_rank"):
+        if isinstance(getattr(config, name), list):
+            raise ValueError(f"its layers differ in {name}, and transformers' Mamba has one for all layers.")
+    fields = {name: getattr(config, name) for name in _SAME}
+    fields |= {theirs: getattr(config, ours) for ours, theirs in _RENAMED.items()}
+    # Those classes are strict about types, and their `expand` is whole; beside an `intermediate_size` it says nothing.
+    floats = {name for name in _SAME if isinstance(getattr(MambaRsstConfig, name), float)}
+    fields |= {name: float(fields[name]) for name in floats}
+    fields |= {"intermediate_size": config.d_inner, "expand": max(1, round(config.d_inner / config.hidden_size))}
+    # It says how weights start out; yet with it those classes divide the weights that they have loaded once more.
+    fields["rescale_prenorm_residual"] = False
+    if config.mixer_rms_eps is None:
+        return {"model_type": "mamba", **fields}
+    return {"model_type": "falcon_mamba", **fields, "mixer_rms_eps": float(config.mixer_rms_eps)}
+
+
+__all__ = ["WIDTHS", "MambaRsstBaseConfig", "MambaRsstConfig", "config_from_transformers", "config_to_transformers"]

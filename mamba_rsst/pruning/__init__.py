@@ -5,6 +5,7 @@ from .config import PruningConfig
 from .groups import TARGETS, Group, Layout, Slice, find_groups
 from .importance import IMPORTANCE, register_importance, score_channels
 from .masks import Masks, apply_masks_
+from .pad import pad_
 from .penalty import PENALTIES, leaving_share
 from .prune import PruningTable, prune_, select_channels
 from .schedules import SCHEDULES
@@ -26,6 +27,7 @@ __all__ = [
     "apply_masks_",
     "find_groups",
     "leaving_share",
+    "pad_",
     "prune_",
     "register_importance",
     "score_channels",

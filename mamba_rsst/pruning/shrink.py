@@ -23,7 +23,7 @@ def shrink_(model: nn.Module, masks: Masks) -> nn.Module:
         if group.name in masks and not masks[group.name].all():
             _cut_group_(group, masks[group.name])
     for name, value in widths.items():
-        _set_config_width(model.config, name, value)
+        set_config_width(model.config, name, value)
     return model
 
 
@@ -39,8 +39,13 @@ def _cut_group_(group: Group, mask: torch.Tensor) -> None:
         )[1]
         keep[view.start : view.start + view.size] = mask.to(parameter.device)
     for view, keep in cuts.values():
-        _replace(view.module, view.name, view.parameter.index_select(view.axis, keep.nonzero()[:, 0]))
+        replace_(view.module, view.name, view.parameter.index_select(view.axis, keep.nonzero()[:, 0]))
     setattr(group.owner, group.layout.widths[group.target][0], new)
+    rescale_(group, old, new)
+
+
+def rescale_(group: Group, old: int, new: int) -> None:
+    """Make up for norms whose means run over `new` channels of the group instead of `old`; see `Scale`."""
     for scale in group.scales():
         module, _, name = scale.parameter.rpartition(".")
         whole = getattr(group.owner.get_submodule(module), name)
@@ -49,7 +54,8 @@ def _cut_group_(group: Group, mask: torch.Tensor) -> None:
             tensor.mul_((old / new) ** scale.power)
 
 
-def _replace(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+def replace_(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Put `tensor` in the parameter's or buffer's place, with its flags; the module learns its new size."""
     old = getattr(module, name)
     if name in module._parameters:
         new = nn.Parameter(tensor.contiguous(), requires_grad=old.requires_grad)
@@ -90,7 +96,7 @@ def config_widths(model, groups, masks) -> dict[str, int | list[int]]:
     return out
 
 
-def _set_config_width(config, name, value):
+def set_config_width(config, name, value):
     if hasattr(config, "set_widths"):
         config.set_widths(name, value)
     else:

@@ -162,3 +162,7 @@ def last_complete_checkpoint(folder: Path, processes: int = 1) -> str | None:
 def remove_checkpoints(folder: Path) -> None:
     for path in folder.glob("checkpoint-*"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+NOT_UPLOADED = ["_*", "stages/*", "start/*", RunFolder.STATE, "training_args.bin"]
+"""What of a run's folder is no part of the model: patterns as `upload_folder` takes them."""

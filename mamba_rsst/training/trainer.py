@@ -27,6 +27,7 @@ from .compiling import compile_blocks_
 from .data import EpochSampler
 from .graphed_step import GraphedStep, capture
 from .rounds import (
+    NOT_UPLOADED,
     RunFolder,
     RunState,
     Stage,
@@ -486,7 +487,7 @@ class RSSTTrainer(Trainer):
             commit_message=commit_message,
             token=token or self.args.hub_token,
             run_as_future=not blocking,
-            ignore_patterns=["_*", "stages/*", "start/*", RunFolder.STATE, "training_args.bin"],
+            ignore_patterns=NOT_UPLOADED,
             revision=revision,
         )
 
