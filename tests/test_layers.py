@@ -19,6 +19,7 @@ FLOORS = {
     "hub": {"models", "pruning", "supernet", "training"},
     "convert": {"hub", "models"},
     "evaluation": {"models", "pruning", "supernet", "training"},
+    "lm_evaluation": {"models", "pruning", "evaluation", "hub"},
     "speed": {"models", "pruning", "supernet", "training", "evaluation", "_version"},
     "report": {"models", "pruning", "supernet", "training"},
 }
