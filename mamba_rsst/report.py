@@ -151,7 +151,8 @@ def _speed(row, memory) -> str:
 def lm_table(models: list[dict], rows: dict[str, list[dict]], version: str = ""):
     """A rich Table of language models on lm-eval's tasks: a line a metric, a column a model.
 
-    models: [{name, parameters}], the one to compare with first. rows: {name: rows as `lm_evaluation.metric_rows` gives them}. version: lm-eval's.
+    models: [{name, parameters}], the one to compare with first. rows: {name: rows as `lm_evaluation.metric_rows`
+    gives them}. version: lm-eval's.
     """
     from rich import box
     from rich.table import Table

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import datasets
 
-# The standard task's own functions, so that words and bytes are counted as there; the task file names them here because
-# the harness looks for a task's functions in the folder of its file.
+# The standard task's own functions, so that words and bytes are counted as there. They are imported here because the
+# harness looks for a task's functions in the folder of the task's file.
 from lm_eval.tasks.wikitext.preprocess_wikitext import process_results, wikitext_detokenizer
 
 
