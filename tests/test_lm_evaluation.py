@@ -275,6 +275,34 @@ def test_a_training_run_does_not_notice(harness, data, tokenizer, tmp_path):
         assert torch.equal(never, each), name
 
 
+class EvaluateEachStage(TrainerCallback):
+    """The README's."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.seen = tokenizer, []
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        results = evaluate_lm(model, "wikitext2_local", tokenizer=self.tokenizer, limit=1)
+        self.seen.append((model.config.d_inner, results["results"]["wikitext2_local"]["bits_per_byte,none"]))
+
+
+def test_between_the_stages_of_a_pruning_run(harness, data, tokenizer, tmp_path):
+    from mamba_rsst import PruningConfig, RSSTConfig, RSSTTrainer
+
+    ids = torch.randint(2, 30, (8, 10), generator=torch.Generator().manual_seed(3))
+    epochs = {"num_train_epochs": 1, "rsst_epochs": 1, "recovery_epochs": 1}
+    trainer = RSSTTrainer(
+        model=make("lm"),
+        args=RSSTConfig(str(tmp_path / "run"), **epochs, per_device_train_batch_size=4, use_cpu=True),
+        pruning=PruningConfig(targets=["d_inner"], sparsity=0.5, round_to=1),
+        train_dataset=[{"input_ids": row, "labels": row} for row in ids],
+        callbacks=[callback := EvaluateEachStage(tokenizer)],
+    )
+    trainer.train()
+    widths, scores = zip(*callback.seen)
+    assert widths[:2] == (46, 46) and widths[2] != 46 and len(set(scores)) == 3
+
+
 # ---- what cannot be evaluated ----
 @pytest.mark.parametrize(
     "change, names",
