@@ -1,6 +1,6 @@
 .PHONY: style quality test test-slow notebooks bench
 
-sources := mamba_rsst tests benchmarks
+sources := mamba_rsst tests benchmarks recipes
 
 style:     ## format and fix what can be fixed
 	ruff check --fix $(sources)
@@ -26,3 +26,4 @@ bench:     ## the CPU benchmarks
 	python benchmarks/bench_infer.py
 	python benchmarks/bench_widths.py
 	python benchmarks/bench_decode.py
+	python benchmarks/bench_lm.py

@@ -38,6 +38,7 @@ for _config, _auto, _model in (
 _LAZY = {
     "RSSTConfig": "training.arguments",
     "RSSTTrainer": "training.trainer",
+    "evaluate_lm": "lm_evaluation",
     "load_model": "hub",
     "load_recipe": "recipe",
     "run_recipe": "run",
@@ -66,6 +67,7 @@ __all__ = [
     "RSSTTrainer",
     "__version__",
     "apply_masks_",
+    "evaluate_lm",
     "find_groups",
     "load_model",
     "load_recipe",

@@ -71,13 +71,29 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--json", metavar="FILE", help="write it there too; -: to stdout, and nothing else")
     inspect.set_defaults(run=_inspect)
 
-    evaluate = commands.add_parser("eval", help="accuracy and cost of an image classifier")
+    evaluate = commands.add_parser(
+        "eval", help="accuracy and cost of an image classifier; with --tasks, a language model through lm-eval"
+    )
     evaluate.add_argument("model", help="folder or hub id")
-    evaluate.add_argument("--data", help="digits, a folder or a hub id; default: what the model was trained on")
-    evaluate.add_argument("--split", help="split to evaluate (default: the recipe's, or test)")
-    evaluate.add_argument("--max-samples", type=int, help="only the first so many images")
-    evaluate.add_argument("--batch-size", type=int, default=64)
+    evaluate.add_argument("--batch-size", type=int, help="default 64 images, or 8 texts")
     evaluate.add_argument("--device", help="default: cuda where there is one, else cpu")
+    evaluate.add_argument(
+        "--data",
+        help="images: digits, a folder or a hub id, default what the model was trained on; with --tasks: the folder "
+        "of the local tasks' data, default MAMBA_RSST_DATA in the environment",
+    )
+    images = evaluate.add_argument_group("image classifiers")
+    images.add_argument("--split", help="split to evaluate (default: the recipe's, or test)")
+    images.add_argument("--max-samples", type=int, help="only the first so many images")
+    words = evaluate.add_argument_group("language models")
+    words.add_argument("--tasks", help="tasks of lm-eval, with commas between: lambada_local,wikitext2_local")
+    words.add_argument("--against", metavar="DENSE", help="model to compare with, in the same table")
+    words.add_argument("--tokenizer", help="folder or hub id; default: what is saved beside the model")
+    words.add_argument("--include-path", action="append", metavar="FOLDER", help="more task files; may be repeated")
+    words.add_argument("--limit", type=float, help="only the first so many documents of a task; below 1, a fraction")
+    words.add_argument("--num-fewshot", type=int, help="examples in front of each question")
+    words.add_argument("--max-length", type=int, help="tokens the model may see at once (default 2048)")
+    words.add_argument("--json", metavar="FILE", help="write lm-eval's whole results there too")
     evaluate.set_defaults(run=_eval)
 
     bench = commands.add_parser("bench", help="speed, latency and memory of a model, against another if given")
@@ -250,7 +266,68 @@ def _inspect(args) -> None:
         write_atomic(Path(args.json).expanduser(), text)
 
 
+_IMAGE_OPTIONS = ("split", "max_samples")
+_LANGUAGE_OPTIONS = ("against", "tokenizer", "include_path", "limit", "num_fewshot", "max_length", "json")
+
+
 def _eval(args) -> None:
+    if args.batch_size is not None and args.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}.")
+    of_the_other = _LANGUAGE_OPTIONS if args.tasks is None else _IMAGE_OPTIONS
+    if given := [name for name in of_the_other if getattr(args, name) is not None]:
+        option = f"--{given[0].replace('_', '-')}"
+        why = "is for language models: give --tasks" if args.tasks is None else "is for images, --tasks for language"
+        raise ValueError(f"{option} {why}.")
+    (_eval_images if args.tasks is None else _eval_language)(args)
+
+
+def _eval_language(args) -> None:
+    import json
+    from pathlib import Path
+
+    import torch
+    from rich.console import Console
+
+    from . import report, speed
+    from .evaluation import count_parameters
+    from .hub import load_model
+    from .lm_evaluation import BATCH_SIZE, check_language_model, evaluate_lm, find_tasks, load_tokenizer, metric_rows
+
+    if args.json and Path(args.json).expanduser().is_dir():
+        raise ValueError(f"--json {args.json!r} is a folder.")
+    paths = _short_names([args.against, args.model] if args.against else [args.model])
+    tasks = [name for name in (word.strip() for word in args.tasks.split(",")) if name]
+    find_tasks(tasks, include_path=args.include_path, data=args.data)
+    for path in paths.values():  # before the first of two long evaluations
+        check_language_model(path)
+    tokenizers = {name: load_tokenizer(args.tokenizer or path) for name, path in paths.items()}
+    results = {"models": [], "versions": speed.versions()}
+    for name, path in paths.items():
+        model = load_model(path)
+        scores = evaluate_lm(
+            model,
+            tasks,
+            tokenizer=tokenizers[name],
+            batch_size=args.batch_size or BATCH_SIZE,
+            max_length=args.max_length,
+            limit=args.limit,
+            num_fewshot=args.num_fewshot,
+            include_path=args.include_path,
+            data=args.data,
+            device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            progress=sys.stderr.isatty(),
+        )
+        entry = {"name": name, "path": path, "parameters": count_parameters(model), "results": scores}
+        results["models"].append(entry)
+        del model  # one at a time in memory
+    rows = {model["name"]: metric_rows(model["results"]) for model in results["models"]}
+    version = results["models"][0]["results"].get("lm_eval_version", "")
+    Console().print(report.lm_table(results["models"], rows, version))
+    if args.json:
+        report.write_atomic(Path(args.json).expanduser(), json.dumps(results, indent=1, default=str) + "\n")
+
+
+def _eval_images(args) -> None:
     from dataclasses import replace
     from pathlib import Path
 
@@ -264,11 +341,10 @@ def _eval(args) -> None:
     from .run import RECIPE_FILE
     from .training.data import ImageDataConfig, load_image_data
 
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}.")
+    batch_size = args.batch_size or 64
     model = load_model(args.model)
     if model.main_input_name != "pixel_values":
-        raise ValueError(f"{args.model!r} is no image classifier.")
+        raise ValueError(f"{args.model!r} is no image classifier; a language model is evaluated on --tasks.")
     recipe = Path(args.model) / RECIPE_FILE
     config = load_recipe(recipe).data if recipe.is_file() else None
     if args.data is not None or config is None:
@@ -287,9 +363,9 @@ def _eval(args) -> None:
     except (RuntimeError, AssertionError) as error:  # torch's words for an unknown device and for a missing one
         raise ValueError(f"--device {args.device!r} cannot be used: {error}") from error
     scores = evaluation.evaluate_images(
-        model, data.eval.images, data.eval.labels, mean=mean, std=std, batch_size=args.batch_size, progress=True
+        model, data.eval.images, data.eval.labels, mean=mean, std=std, batch_size=batch_size, progress=True
     )
-    inputs = {"pixel_values": torch.randn(args.batch_size, c.num_channels, c.image_size, c.image_size, device=device)}
+    inputs = {"pixel_values": torch.randn(batch_size, c.num_channels, c.image_size, c.image_size, device=device)}
     timing = speed.measure_throughput(model, inputs)
     memory = speed.measure_peak_memory(model, inputs)
     table = Table("", "", title=f"{args.model} on {config.path} ({config.eval_split})", show_header=False)
@@ -298,7 +374,7 @@ def _eval(args) -> None:
         ("loss", f"{scores['loss']:.4f}"),
         ("parameters", f"{evaluation.count_parameters(model):,}"),
         ("MACs an image", f"{evaluation.count_macs_per_item(model, inputs):,}"),
-        ("images/s", f"{timing.items_per_s:,.1f} ({timing.low:,.1f}–{timing.high:,.1f}), batch {args.batch_size}"),
+        ("images/s", f"{timing.items_per_s:,.1f} ({timing.low:,.1f}–{timing.high:,.1f}), batch {batch_size}"),
         ("peak memory", "n/a" if memory is None else f"{memory / 2**20:,.0f} MiB"),
     ):
         table.add_row(name, value)

@@ -175,6 +175,55 @@ def inspect_tables(found: dict) -> list:
     return [widths, *lines, places]
 
 
+def lm_table(models: list[dict], rows: dict[str, list[dict]], version: str = ""):
+    """A rich Table of language models on lm-eval's tasks: a line a metric, a column a model.
+
+    models: [{name, parameters}], the one to compare with first. rows: {name: rows as `lm_evaluation.metric_rows`
+    gives them}. version: lm-eval's.
+    """
+    from rich import box
+    from rich.table import Table
+
+    names = [model["name"] for model in models]
+    counted = {(row["task"], row["samples"]): None for row in rows[names[0]] if row["samples"] is not None}
+    documents = ", ".join(f"{task} {samples:,}" for task, samples in counted)
+    table = Table(
+        title=" against ".join(reversed(names)),
+        caption=f"± standard error, where lm-eval {version} gives one. Documents: {documents or MISSING}.",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("Task")
+    table.add_column("Metric", no_wrap=True)
+    for column in (*names, *["Change"] * (len(names) - 1)):
+        table.add_column(column, justify="right")
+    first, *others = (model["parameters"] for model in models)
+    compared = [f"{other / first - 1:+.1%}" for other in others]
+    table.add_row("", "parameters", *(f"{count:,}" for count in (first, *others)), *compared, end_section=True)
+    scores = {name: {(r["task"], r["metric"], r["filter"]): r for r in rows[name]} for name in names}
+    for key, row in scores[names[0]].items():
+        task, metric, filtered = key
+        arrow = {True: " ↑", False: " ↓", None: ""}[row["higher_is_better"]]
+        cells = [scores[name].get(key) for name in names]
+        digits = _digits(row["value"])
+        changes = [MISSING if c is None else f"{c['value'] - row['value']:+,.{digits}f}" for c in cells[1:]]
+        metric += "" if filtered == "none" else f" ({filtered})"
+        table.add_row(task, metric + arrow, *(_score(cell) for cell in cells), *changes)
+    return table
+
+
+def _score(row) -> str:
+    if row is None:
+        return MISSING
+    value, stderr, digits = row["value"], row["stderr"], _digits(row["value"])
+    return f"{value:,.{digits}f}" + ("" if stderr is None else f" ± {stderr:,.{digits}f}")
+
+
+def _digits(value) -> int:
+    """Behind the point: four for an accuracy or a perplexity that says something, none for one of thousands."""
+    return 4 if abs(value) < 100 else 2 if abs(value) < 1000 else 0
+
+
 def widths_table(table: list[dict]):
     """A rich Table of {layer, target, before, after}, then the total of each target with its sparsity."""
     from rich.table import Table

@@ -20,6 +20,7 @@ FLOORS = {
     "convert": {"hub", "models"},
     "evaluation": {"models", "pruning", "supernet", "training"},
     "export": {"hub", "convert", "evaluation", "models", "pruning"},
+    "lm_evaluation": {"models", "pruning", "evaluation", "hub"},
     "speed": {"models", "pruning", "supernet", "training", "evaluation", "_version"},
     "report": {"models", "pruning", "supernet", "training"},
 }
