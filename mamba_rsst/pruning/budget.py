@@ -106,7 +106,7 @@ def allocate(
             what = f"{sparsity:.1%} of the {target} channels"
             count = lambda masks: sum(int(mask.sum()) for mask in masks.values())  # noqa: E731
             keep |= _solve(part, scores, config, dense, count, sparsity, what)
-        return keep
+        return {g.name: keep[g.name] for g in groups}
     if config.budget == "latency":
         if cost is None:
             raise ValueError('budget="latency" needs `cost`, as `mamba_rsst.speed.latency_cost` measures it.')

@@ -54,6 +54,10 @@ def scores_of(model, importance, targets, batches=None, seed=0):
     return groups, score_channels(groups, importance, Calibration(model, batches, seed))
 
 
+TARGETS_OF = {"state_energy": ["d_state"], "leave_one_out": ["num_hidden_layers"]}
+"""Importance -> targets to try it on, where not any."""
+
+
 def batches_of(model, count=3):
     return [batch_of(model, count=2 + i, seed=i) for i in range(count)]
 
@@ -219,9 +223,9 @@ def test_the_model_keeps_its_mode(importance, training):
     odd.train(not training)
     before = {name: module.training for name, module in model.named_modules()}
     batches = batches_of(model)
-    _, scores = scores_of(model, importance, ["d_inner"], batches)
+    _, scores = scores_of(model, importance, TARGETS_OF.get(importance, ["d_inner"]), batches)
     assert {name: module.training for name, module in model.named_modules()} == before
-    _, quiet = scores_of(model.eval(), importance, ["d_inner"], batches)
+    _, quiet = scores_of(model.eval(), importance, TARGETS_OF.get(importance, ["d_inner"]), batches)
     assert all(torch.equal(scores[name], quiet[name]) for name in scores)
 
 
@@ -288,7 +292,7 @@ def test_a_diverged_model_is_refused():
 
 
 def test_unknown_importance():
-    message = "Unknown importance 'tailor'; choose from .*'activation', 'magnitude_l1', .*'taylor'"
+    message = "Unknown importance 'tailor'; choose from .*'activation', .*'magnitude_l1', .*'taylor'"
     with pytest.raises(ValueError, match=message):
         PruningConfig(importance="tailor")
     with pytest.raises(ValueError, match=message):
@@ -300,23 +304,24 @@ def test_unknown_importance():
 def test_scores_leave_the_weights_alone(kind, importance):
     model = make(kind)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    scores_of(model, importance, MIXER_TARGETS, batches_of(model))
+    scores_of(model, importance, TARGETS_OF.get(importance, MIXER_TARGETS), batches_of(model))
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 @pytest.mark.parametrize("importance", sorted(IMPORTANCE))
 def test_permuting_a_group_permutes_its_scores(importance):
-    if importance == "random":
+    if importance in ("random", "leave_one_out"):
         return
     model = make("v2")
     batches = batches_of(model)
-    order = torch.randperm(46)
-    _, before = scores_of(model, importance, ["d_inner"], batches)
+    (target,) = TARGETS_OF.get(importance, ["d_inner"])
+    order = torch.randperm(46 if target == "d_inner" else N)
+    _, before = scores_of(model, importance, [target], batches)
     with torch.no_grad():
-        for group in find_groups(model, ["d_inner"]):
+        for group in find_groups(model, [target]):
             for view in group.views():
                 view.tensor.copy_(view.tensor.index_select(view.axis, order))
-    _, after = scores_of(model, importance, ["d_inner"], batches)
+    _, after = scores_of(model, importance, [target], batches)
     for name in before:
         scale = before[name].max()
         torch.testing.assert_close(after[name] / scale, before[name][order] / scale, rtol=1e-3, atol=1e-5)
@@ -324,11 +329,11 @@ def test_permuting_a_group_permutes_its_scores(importance):
 
 def test_bf16_models_are_scored_in_fp32():
     model = make("v2")
-    expected = {k: scores_of(model, k, ["d_inner"], batches_of(model))[1] for k in sorted(IMPORTANCE)}
+    expected = {k: scores_of(model, k, TARGETS_OF.get(k, ["d_inner"]), batches_of(model))[1] for k in sorted(IMPORTANCE)}
     model = model.bfloat16()
     for importance, wanted in expected.items():
-        _, scores = scores_of(model, importance, ["d_inner"], batches_of(model))
+        _, scores = scores_of(model, importance, TARGETS_OF.get(importance, ["d_inner"]), batches_of(model))
         for name, values in scores.items():
             assert values.dtype == torch.float32
             if importance != "taylor":  # a difference of large numbers: the rounding of its gradients stays
-                torch.testing.assert_close(values, wanted[name], rtol=0.05, atol=0)
+                torch.testing.assert_close(values, wanted[name], rtol=0.2 if importance == "state_energy" else 0.05, atol=0)
