@@ -20,6 +20,8 @@ FLOORS = {
     "convert": {"hub", "models"},
     "evaluation": {"models", "pruning", "supernet", "training"},
     "speed": {"models", "pruning", "supernet", "training", "evaluation", "_version"},
+    "calibration": set(),
+    "latency": {"pruning", "evaluation", "speed"},
     "report": {"models", "pruning", "supernet", "training"},
 }
 TOP = ("recipe", "run", "cli", "__init__", "__main__")
