@@ -74,13 +74,13 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("--floor", type=float, default=0.1, help="fraction each layer keeps at least (default 0.1)")
     prune.add_argument("--round-to", type=int, default=8, help="kept widths are multiples of this (default 8)")
     prune.add_argument(
-        "--dt-rank-method", default="select", help="select channels of dt_rank (default), or svd: its singular directions"
+        "--dt-rank-method", default="select", help="select channels of dt_rank (default), or svd: singular directions"
     )
     prune.add_argument("--seed", type=int, default=0, help="of the random score")
     prune.add_argument(
         "--data",
-        help="for scores that look at data. Images: digits, a folder or a hub id; text: a .txt, .jsonl or .parquet file, "
-        "or a folder of them",
+        help="for scores that look at data. Images: digits, a folder or a hub id; text: a .txt, .jsonl or .parquet "
+        "file, or a folder of them",
     )
     prune.add_argument("--samples", type=int, help="images or sequences of it (default 512 or 64)")
     prune.add_argument("--seq-len", type=int, default=256, help="tokens of a sequence (default 256)")

@@ -75,7 +75,13 @@ class _Table:
 
 
 def latency_cost(
-    model, config: PruningConfig, *, batch_size: int = 1, seq_len: int = 256, rounds: int = 5, run_seconds: float = 0.05
+    model,
+    config: PruningConfig,
+    *,
+    batch_size: int = 1,
+    seq_len: int = 256,
+    rounds: int = 5,
+    run_seconds: float = 0.05,
 ) -> LatencyCost:
     """The `cost` of budget="latency": time blocks of `config.targets` at a few widths, where the model is.
 

@@ -164,7 +164,8 @@ def widths_table(table: list[dict]):
     for row in (*table, *totals):
         before, after, style = row["before"], row["after"], "bold" if row["layer"] == "total" else None
         cells = (row["target"], f"{before:,}", f"{after:,}", f"{1 - after / before:.1%}" if before else MISSING)
-        shown.add_row("all" if row["layer"] is None else str(row["layer"]), *cells, style=style, end_section=row is table[-1])
+        layer = "all" if row["layer"] is None else str(row["layer"])
+        shown.add_row(layer, *cells, style=style, end_section=row is table[-1])
     return shown
 
 

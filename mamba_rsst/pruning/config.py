@@ -19,16 +19,16 @@ class PruningConfig:
     """What to remove and how it is chosen. Raises ValueError for a setting that no model could follow."""
 
     targets: list[str] | tuple[str, ...] = ("d_inner",)
-    """Widths to prune: any of d_inner, intermediate_size, d_state, dt_rank, hidden_size, num_hidden_layers (blocks)."""
+    """Widths to prune: any of d_inner, intermediate_size, d_state, dt_rank, hidden_size; num_hidden_layers: blocks."""
 
     sparsity: float | dict[str, float] = 0.5
     """Fraction of the budget removed, in [0, 1). With `budget="channels"` it holds for each target by itself, and may
     be given per target, as {target: fraction}."""
 
     budget: str = "channels"
-    """What `sparsity` is a fraction of: "channels" of each target (or blocks), all "parameters" of the model, its "macs"
-    (multiply-accumulates, counted from the widths), or its "latency" as a measured `cost` tells it. To be s times
-    faster, or s times cheaper, is to remove 1 - 1/s."""
+    """What `sparsity` is a fraction of: "channels" of each target (or blocks), all "parameters" of the model, its
+    "macs" (multiply-accumulates, counted from the widths), or its "latency" as a measured `cost` tells it. To be s
+    times faster, or s times cheaper, is to remove 1 - 1/s."""
 
     scope: str = "global"
     """"global": layers compete, so they end with different widths. "layer": every layer loses the same fraction."""
@@ -55,8 +55,9 @@ class PruningConfig:
     machine likes": the same call must cut the same model everywhere. Why 8: docs/BENCHMARKS.md, which widths pay."""
 
     dt_rank_method: str = "select"
-    """"select" keeps whole channels of dt_rank by `importance`; "svd" first turns their basis to the singular directions
-    of dt_proj x_proj and keeps the largest: the best approximation of that rank, exact where the true rank is lower."""
+    """"select" keeps whole channels of dt_rank by `importance`; "svd" first turns their basis to the singular
+    directions of dt_proj x_proj and keeps the largest: the best approximation of that rank, exact where the true rank
+    is lower."""
 
     seed: int = 0
     """For the `random` score."""

@@ -187,10 +187,9 @@ _NORM_SCALES = {
     "dt_rank": (Scale("dt_proj.weight", 0.5), Scale("x_proj.weight", -0.5, own=True)),
 }
 
-# The residual stream. RMS norms run over it: with the channels that leave at zero, the mean of squares over the old width
-# is new / old times the one over the survivors, so x / sqrt(mean + eps) stays as it was with eps and the norm's weight
-# scaled by old / new and its root. A LayerNorm also takes the mean of x, over which survivors and zeros have no such
-# factor in common.
+# The residual stream. RMS norms run over it. With the channels that leave at zero, the mean of squares over the
+# survivors is old / new times the one over all, so w x / sqrt(mean + eps) stays as it was when eps is multiplied by
+# old / new and w by its root. A LayerNorm also subtracts a mean of x, which changes by what no weight can undo.
 _STREAM_WRITERS = (
     *("backbone.layers.*.mixer.out_proj.weight", "backbone.layers.*.mixer.out_proj.bias"),
     *("backbone.layers.*.mlp.fc2.weight", "backbone.layers.*.mlp.fc2.bias"),

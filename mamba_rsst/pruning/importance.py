@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .groups import CONSUMER, PRODUCER, Group, channel_norms
@@ -145,8 +146,10 @@ def wanda(groups, calibration) -> Scores:
     Only layers that are called are seen: the convolution and dt_proj, whose weights are read directly, biases and
     embeddings count nothing. Raises ValueError for a group of which nothing is seen.
     """
-    views = {g.name: [v for role in (PRODUCER, CONSUMER) for v in g.views(role)] for g in groups}
-    views = {name: [v for v in vs if isinstance(v.module, nn.Linear) and v.name == "weight"] for name, vs in views.items()}
+    views = {}
+    for group in groups:  # by role, since views give a tied parameter once: embeddings write, the head reads
+        both = [*group.views(PRODUCER), *group.views(CONSUMER)]
+        views[group.name] = [v for v in both if isinstance(v.module, nn.Linear) and v.name == "weight"]
     squares: dict[nn.Module, Tensor] = {}
 
     def hook(module, args, output):
@@ -185,10 +188,11 @@ def state_energy(groups, calibration) -> Scores:
             parts = output.detach().float().split([R, N, N], dim=-1)
             if group.layout.norm_eps is not None:
                 eps = getattr(owner, group.layout.norm_eps)
-                parts = [nn.functional.rms_norm(part, part.shape[-1:], eps=eps) for part in parts]
+                parts = [F.rms_norm(part, part.shape[-1:], eps=eps) for part in parts]
             low_rank, B, C = parts
-            delta = nn.functional.softplus(nn.functional.linear(low_rank, dt_proj.weight.float(), dt_proj.bias.float()))
-            scores[group.name] += _run_states(args[0].detach().float(), delta, decay.float(), B, C, scan.reverse).cpu()
+            u, A_log = args[0].detach().float(), decay.float()
+            delta = F.softplus(F.linear(low_rank, dt_proj.weight.float(), dt_proj.bias.float()))
+            scores[group.name] += _run_states(u, delta, A_log, B, C, scan.reverse).cpu()
 
         hooks.append((getattr(owner, scan.x_proj), hook))
 
@@ -205,7 +209,10 @@ def state_energy(groups, calibration) -> Scores:
 
 
 def _run_states(u, delta, A_log, B, C, reverse) -> Tensor:
-    """sum_t,e (C_tn h_ten)^2 of h_t = exp(delta_t A) h_t-1 + delta_t B_t u_t: (N,). u, delta (Z, L, E), B, C (Z, L, N)."""
+    """sum over t, e of (C_tn h_ten)^2, with h_t = exp(delta_t A) h_t-1 + delta_t B_t u_t: (N,).
+
+    u, delta (Z, L, E), B, C (Z, L, N), A_log (E, N).
+    """
     A, h, energy = -torch.exp(A_log), 0.0, 0.0
     for t in reversed(range(u.shape[1])) if reverse else range(u.shape[1]):
         step = delta[:, t, :, None]

@@ -103,8 +103,10 @@ def config_widths(model, groups, masks) -> dict[str, int | list[int]]:
     blocks = next((masks[g.name] for g in groups if g.blocks is not None and g.name in masks), None)
     fields: dict[str, dict[int, int]] = {}
     for group in groups:
-        if group.layer is not None and (blocks is None or blocks[group.layer]):
-            fields.setdefault(group.config_field, {})[group.layer] = kept[group.name]
+        if group.layer is not None:
+            by_layer = fields.setdefault(group.config_field, {})
+            if blocks is None or blocks[group.layer]:
+                by_layer[group.layer] = kept[group.name]
     for name, by_layer in fields.items():
         if hasattr(model.config, "set_widths"):
             before = model.config.widths(name)

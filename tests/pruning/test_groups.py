@@ -270,7 +270,7 @@ def test_layers_without_an_mlp():
 @pytest.mark.parametrize(
     "targets, message",
     [
-        (["d_iner"], r"Unknown target 'd_iner'; choose from \['hidden_size', 'num_hidden_layers', 'd_inner', 'd_state',"),
+        (["d_iner"], r"Unknown target 'd_iner'; choose from \['hidden_size', 'num_hidden_layers', 'd_inner',"),
         ("vocab_size", "Unknown target 'vocab_size'; choose from"),
         ([], "`targets` must name each of one or more of"),
         (["d_inner", "d_inner"], "`targets` must name each of one or more of .* once, got"),
