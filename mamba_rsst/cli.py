@@ -55,14 +55,37 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("model", help="folder or hub id")
     prune.add_argument("out", help="folder for the smaller model; must not exist")
     prune.add_argument("--target", action="append", required=True, help="width to prune; may be repeated")
-    prune.add_argument("--sparsity", type=float, required=True, help="fraction to remove, in [0, 1)")
-    prune.add_argument("--budget", default="channels", help="what it is a fraction of: channels (default), parameters")
+    amount = prune.add_mutually_exclusive_group(required=True)
+    amount.add_argument(
+        "--sparsity",
+        action="append",
+        metavar="FRACTION",
+        type=_fraction,
+        help="fraction to remove, in [0, 1); TARGET=FRACTION, repeated, for one of each target",
+    )
+    amount.add_argument("--speedup", type=float, help="with --budget latency: how many times faster, such as 1.5")
+    prune.add_argument(
+        "--budget", default="channels", help="of what: channels (default), parameters, macs, latency measured here"
+    )
     prune.add_argument("--scope", help="global or layer; default: global where the architecture allows it")
-    prune.add_argument("--importance", default="magnitude_l2", help="score of a channel (default magnitude_l2)")
+    prune.add_argument(
+        "--importance", help="score of a channel; default magnitude_l2, for num_hidden_layers leave_one_out"
+    )
     prune.add_argument("--floor", type=float, default=0.1, help="fraction each layer keeps at least (default 0.1)")
     prune.add_argument("--round-to", type=int, default=8, help="kept widths are multiples of this (default 8)")
+    prune.add_argument(
+        "--dt-rank-method", default="select", help="select channels of dt_rank (default), or svd: singular directions"
+    )
     prune.add_argument("--seed", type=int, default=0, help="of the random score")
-    prune.add_argument("--data", help="images for scores that look at data: digits, a folder or a hub id")
+    prune.add_argument(
+        "--data",
+        help="for scores that look at data. Images: digits, a folder or a hub id; text: a .txt, .jsonl or .parquet "
+        "file, or a folder of them",
+    )
+    prune.add_argument("--samples", type=int, help="images or sequences of it (default 512 or 64)")
+    prune.add_argument("--seq-len", type=int, default=256, help="tokens of a sequence (default 256)")
+    prune.add_argument("--batch-size", type=int, default=1, help="of the latency that is measured (default 1)")
+    prune.add_argument("--device", help="where scores and latency are computed (default cpu)")
     prune.add_argument("--dry-run", action="store_true", help="print the table, write nothing")
     prune.set_defaults(run=_prune)
 
@@ -142,38 +165,90 @@ def _train(args) -> None:
     run_recipe(load_recipe(args.recipe, args.overrides), resume=args.resume)
 
 
+def _fraction(word: str):
+    """0.5 -> 0.5, d_inner=0.5 -> ("d_inner", 0.5)."""
+    target, equals, number = word.rpartition("=")
+    try:
+        return (target, float(number)) if equals else float(number)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{word!r} is neither a fraction nor TARGET=FRACTION") from error
+
+
 def _prune(args) -> None:
     from pathlib import Path
 
     from rich.console import Console
 
+    from . import speed
     from .hub import load_model
+    from .latency import latency_cost, measure_latency
     from .pruning import PruningConfig, prune_
     from .report import widths_table
 
     out = Path(args.out).expanduser() if args.dry_run else _new_folder(args.out)
     settings = {
         "targets": args.target,
-        "sparsity": args.sparsity,
+        "sparsity": _sparsity(args),
         "budget": args.budget,
         "importance": args.importance,
         "floor": args.floor,
         "round_to": args.round_to,
+        "dt_rank_method": args.dt_rank_method,
         "seed": args.seed,
     }
     PruningConfig(**settings, **({"scope": args.scope} if args.scope else {}))  # before a long load
+    speed.check_settings(batch_sizes=[args.batch_size], seq_len=args.seq_len)
     model = load_model(args.model)
     scope = args.scope or ("global" if hasattr(model.config, "set_widths") else "layer")
     config = PruningConfig(**settings, scope=scope)
-    table = prune_(model, config, _calibration(args, model, config), dry_run=args.dry_run)
+    calibration = _calibration(args, model, config)
+    if args.device is not None:
+        _move(model, args.device)
+    shape = {"batch_size": args.batch_size, "seq_len": args.seq_len}
+    cost = latency_cost(model, config, **shape) if args.budget == "latency" else None
+    table = prune_(model, config, calibration, dry_run=args.dry_run, cost=cost)
     console = Console()
     console.print(widths_table(table))
     console.print(
         f"parameters {table.parameters_before:,} -> {table.parameters_after:,} ({table.param_reduction:.1%} fewer)"
     )
+    console.print(f"MACs {table.macs_before:,} -> {table.macs_after:,} ({table.mac_reduction:.1%} fewer)")
+    if cost is not None and not args.dry_run:
+        before, after = cost.measured, measure_latency(model, **shape)
+        what = f"batch {args.batch_size}" + ("" if model.main_input_name == "pixel_values" else f" of {args.seq_len}")
+        console.print(
+            f"latency {before.ms:.3g} ms -> {after.ms:.3g} ms, {before.ms / after.ms:.2f} times faster, asked for "
+            f"{1 / (1 - config.sparsity):.2f} ({what}, {str(model.dtype).removeprefix('torch.')}, "
+            f"{speed.device_name(model.device)})"
+        )
     if not args.dry_run:
         _save_beside(model, args.model, out)
         console.print(f"Saved to {args.out}. It has not been trained since the cut.")
+
+
+def _sparsity(args):
+    """The config's sparsity: one fraction, or {target: fraction}."""
+    if args.speedup is not None:
+        if args.budget != "latency":
+            raise ValueError(f"--speedup is for --budget latency, not {args.budget}; give --sparsity.")
+        if not args.speedup >= 1:
+            raise ValueError(f"--speedup must be at least 1, got {args.speedup}.")
+        return 1 - 1 / args.speedup
+    named = dict(value for value in args.sparsity if isinstance(value, tuple))
+    if not named and len(args.sparsity) == 1:
+        return args.sparsity[0]
+    if len(named) != len(args.sparsity):
+        raise ValueError("--sparsity is one fraction, or TARGET=FRACTION once for each target.")
+    return named
+
+
+def _move(model, device: str) -> None:
+    import torch
+
+    try:
+        model.to(torch.device(device))
+    except (RuntimeError, AssertionError) as error:  # torch's words for an unknown device and for a missing one
+        raise ValueError(f"--device {device!r} cannot be used: {error}") from error
 
 
 def _convert(args) -> None:
@@ -225,16 +300,29 @@ def _push(args) -> None:
 def _calibration(args, model, config):
     from .pruning.importance import NEEDS_DATA
 
-    if config.importance not in NEEDS_DATA:
+    looking = [name for name in map(config.importance_of, config.targets) if name in NEEDS_DATA]
+    if not looking:
         return None
     if not args.data:
-        raise ValueError(f"--importance {config.importance} looks at data: give --data.")
-    if model.main_input_name != "pixel_values":
-        raise ValueError("--data calibrates image classifiers only.")
+        raise ValueError(f"--importance {looking[0]} looks at data: give --data.")
+    if model.main_input_name == "input_ids":
+        from transformers import AutoTokenizer
+
+        from .calibration import text_calibration
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(args.model)
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"{args.model!r} holds no tokenizer that --data could be read with: {error}") from error
+        if len(tokenizer) > model.config.vocab_size:
+            raise ValueError(
+                f"The tokenizer of {args.model!r} has {len(tokenizer)} tokens, the model {model.config.vocab_size}."
+            )
+        return text_calibration(args.data, tokenizer, args.seq_len, args.samples or 64)
     from .training.data import ImageCollator, ImageDataConfig, load_image_data
 
     data = load_image_data(
-        ImageDataConfig(path=args.data, max_train_samples=512),
+        ImageDataConfig(path=args.data, max_train_samples=args.samples or 512),
         image_size=model.config.image_size,
         num_channels=model.config.num_channels,
     )
@@ -357,11 +445,8 @@ def _eval_images(args) -> None:
     data = load_image_data(config, image_size=c.image_size, num_channels=c.num_channels)
     _check_classes(model, config.path, data)
     mean, std = _normalisation(args.model, data)
-    try:
-        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        model.to(device)
-    except (RuntimeError, AssertionError) as error:  # torch's words for an unknown device and for a missing one
-        raise ValueError(f"--device {args.device!r} cannot be used: {error}") from error
+    _move(model, args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = model.device
     scores = evaluation.evaluate_images(
         model, data.eval.images, data.eval.labels, mean=mean, std=std, batch_size=batch_size, progress=True
     )

@@ -132,14 +132,15 @@ def _list_widths(uneven: dict[str, list[int]]) -> str:
 
 # ---- what a model is, and where it runs ----
 def inspect_model(path: str | os.PathLike) -> dict:
-    """{path, class, model_type, dtype, layers: [{target: width}], prunable, parameters, runs_in: [Place as a dict]},
-    and "macs_per_image" of an image classifier; "macs_per_token", "state_bytes" and "tied_embeddings" of a language
-    model. Raises what `load_model` raises."""
+    """{path, class, model_type, dtype, layers: [{target: width}], hidden_size, prunable, parameters,
+    runs_in: [Place as a dict]}, and "macs_per_image" of an image classifier; "macs_per_token", "state_bytes" and
+    "tied_embeddings" of a language model. Raises what `load_model` raises."""
     name = str(path)
     model = load_model(name)
     groups = find_groups(model)
-    layers = [{} for _ in range(1 + max(group.layer for group in groups))]
-    for group in groups:
+    per_layer = [group for group in groups if group.layer is not None]
+    layers = [{} for _ in range(1 + max(group.layer for group in per_layer))]
+    for group in per_layer:
         layers[group.layer][group.target] = group.size
     found = {
         "path": name,
@@ -148,6 +149,7 @@ def inspect_model(path: str | os.PathLike) -> dict:
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "prunable": list(dict.fromkeys(group.target for group in groups)),
         "layers": layers,
+        "hidden_size": model.config.hidden_size,
         "parameters": count_parameters(model),
     }
     if model.main_input_name == "pixel_values":

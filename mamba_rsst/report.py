@@ -154,10 +154,11 @@ def inspect_tables(found: dict) -> list:
     from rich.table import Table
 
     widths = Table(title=f"{found['path']} ({found['class']})")
-    for column in ("Layer", *found["prunable"]):
+    targets = [t for t in found["prunable"] if any(t in sizes for sizes in found["layers"])]
+    for column in ("Layer", *targets):
         widths.add_column(column, justify="right")
     for layer, sizes in enumerate(found["layers"]):
-        widths.add_row(str(layer), *(f"{sizes[t]:,}" if t in sizes else MISSING for t in found["prunable"]))
+        widths.add_row(str(layer), *(f"{sizes[t]:,}" if t in sizes else MISSING for t in targets))
     tied = "; tied embeddings counted once" if found.get("tied_embeddings") else ""
     lines = [f"parameters  {found['parameters']:,}  (torch.{found['dtype']}{tied})"]
     for what in ("image", "token"):
@@ -166,6 +167,7 @@ def inspect_tables(found: dict) -> list:
             lines.append(f"MACs        {found[f'macs_per_{what}']:,} {article} {what}")
     if "state_bytes" in found:
         lines.append(f"state       {found['state_bytes'] / 1024:,.1f} KiB a sequence, of any length")
+    lines.append(f"hidden_size {found['hidden_size']:,}")
     lines.append(f"prunable    {', '.join(found['prunable'])}")
     places = Table("Runs as it is in", "", "Why, and what would make it so", box=box.SIMPLE_HEAD)
     places.caption = "vLLM, llama.cpp and mamba_ssm: as their code says; it was not run."
@@ -240,7 +242,8 @@ def widths_table(table: list[dict]):
     for row in (*table, *totals):
         before, after, style = row["before"], row["after"], "bold" if row["layer"] == "total" else None
         cells = (row["target"], f"{before:,}", f"{after:,}", f"{1 - after / before:.1%}" if before else MISSING)
-        shown.add_row(str(row["layer"]), *cells, style=style, end_section=row is table[-1])
+        layer = "all" if row["layer"] is None else str(row["layer"])
+        shown.add_row(layer, *cells, style=style, end_section=row is table[-1])
     return shown
 
 

@@ -328,6 +328,11 @@ def _workloads(models, batch, seq_len) -> list[Workload]:
     return works
 
 
+def prefill_inputs(model, batch: int, seq_len: int) -> dict | Callable:
+    """Inputs of the forward that stands for a model's speed: a batch of images, or of prompts to be read in."""
+    return _workloads({"model": model}, batch, seq_len)[0].inputs
+
+
 @contextmanager
 def _explained(too_large, compiled=False, graph=False):
     """Turn what torch says when something does not fit, or cannot be compiled or captured, into one sentence."""

@@ -431,3 +431,81 @@ def test_ctrl_c_names_the_way_on(call, recipe, monkeypatch):
     monkeypatch.setattr("mamba_rsst.run.run_recipe", interrupted)
     code, _, err = call("train", recipe)
     assert code == 130 and err == "\nmamba-rsst train: interrupted; go on with --resume.\n"
+
+
+# ---- language models ----
+@pytest.fixture(scope="session")
+def words(tmp_path_factory):
+    """A language model's folder with a tokenizer, and a text file."""
+    tokenizers = pytest.importorskip("tokenizers")
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("words")
+    make("lm", num_hidden_layers=3).save_pretrained(folder / "model")
+    vocabulary = {letter: i for i, letter in enumerate("_ abcdefghijklmnopqrstuvwxyz")}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[], unk_token="_"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="_", unk_token="_").save_pretrained(folder / "model")
+    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 40)
+    with (folder / "text.jsonl").open("w") as lines:
+        for i in range(40):
+            lines.write(json.dumps({"text": f"a line number {i} with some words"}) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "options, changed",
+    [
+        (("--target", "num_hidden_layers", "--sparsity", 0.3), {"num_hidden_layers": 2}),
+        (("--target", "d_state", "--importance", "state_energy", "--sparsity", 0.4, "--round-to", 1), {}),
+        (("--target", "hidden_size", "--importance", "wanda", "--sparsity", 0.5), {"hidden_size": 8}),
+        (("--target", "dt_rank", "--dt-rank-method", "svd", "--sparsity", 0.4, "--round-to", 1), {}),
+        (("--target", "d_inner", "--budget", "macs", "--sparsity", 0.2), {}),
+        (("--target", "d_inner", "--target", "d_state", "--sparsity", "d_inner=0.5", "--sparsity", "d_state=0.2"), {}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("text", ["text.txt", "text.jsonl"])
+def test_prune_a_language_model(call, words, options, changed, text):
+    more = ("--round-to", 4) if "--round-to" not in options else ()
+    data = ("--data", words / text, "--seq-len", 16, "--samples", 8)
+    code, out, err = call("prune", words / "model", "out", *options, *more, *data)
+    assert code == 0, err
+    before, after = load_model(words / "model"), load_model("out")
+    assert after.num_parameters() < before.num_parameters()
+    assert f"parameters {before.num_parameters():,} -> {after.num_parameters():,}" in out and "MACs" in out
+    assert {name: getattr(after.config, name) for name in changed} == changed
+    ids = torch.randint(50, (1, 12))
+    assert torch.isfinite(after(ids).logits).all()
+
+
+def test_prune_to_a_latency(call, words):
+    argv = ("--target", "num_hidden_layers", "--importance", "random", "--budget", "latency", "--speedup", 1.1)
+    code, out, err = call("prune", words / "model", "out", *argv, "--seq-len", 16)
+    assert code == 0, err
+    said = r"latency [\d.]+ ms -> [\d.]+ ms, [\d.]+ times faster, asked for 1.10 \(batch 1 of 16, float32"
+    assert re.search(said, out)
+    assert load_model("out").config.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize(
+    "options, names",
+    [
+        (("--speedup", 1.5), ["--speedup", "--budget latency"]),
+        (("--speedup", 0.5, "--budget", "latency"), ["--speedup", "0.5"]),
+        (("--sparsity", "d_inner=0.5", "--sparsity", 0.3), ["TARGET=FRACTION"]),
+        (("--sparsity", "d_stat=0.5"), ["d_stat", "d_inner"]),
+        (("--sparsity", 0.5, "--dt-rank-method", "svd"), ["dt_rank"]),
+        (("--sparsity", 0.5, "--importance", "wanda"), ["--data"]),
+        (("--sparsity", 0.5, "--importance", "wanda", "--data", "./absent.txt"), ["absent.txt"]),
+        (("--sparsity", 0.5, "--importance", "wanda", "--data", "TEXT", "--seq-len", 9999), ["too few", "9999"]),
+        (("--sparsity", 0.5, "--importance", "wanda", "--data", "MODEL/config.json"), [".jsonl"]),
+        (("--sparsity", 0.5, "--device", "abacus"), ["--device", "'abacus'"]),
+        (("--speedup", 50, "--budget", "latency", "--seq-len", 16), ["98.0% of the latency", "at most"]),
+    ],
+    ids=str,
+)
+def test_prune_refuses(refused, words, options, names):
+    places = {"TEXT": words / "text.txt", "MODEL/config.json": words / "model" / "config.json"}
+    argv = ("--target", "d_inner", "--round-to", 2, *(places.get(word, word) for word in options))
+    error = refused("prune", words / "model", "out", *argv)
+    assert all(name in error for name in names), error

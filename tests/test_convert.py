@@ -178,7 +178,7 @@ def test_tokenizer_of_a_model_on_the_hub(tmp_path, monkeypatch):
         asked.append((name, "tokenizer*" in allow_patterns and "*.safetensors" not in allow_patterns))
         return str(tmp_path / "cached")
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("mamba_rsst.hub.snapshot_download", download)
     monkeypatch.setattr("mamba_rsst.convert.convert_checkpoint", lambda name: make("lm"))
     assert main(["convert", "somebody/mamba", str(tmp_path / "out")]) == 0
     assert asked == [("somebody/mamba", True)]

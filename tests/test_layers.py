@@ -22,6 +22,8 @@ FLOORS = {
     "export": {"hub", "convert", "evaluation", "models", "pruning"},
     "lm_evaluation": {"models", "pruning", "evaluation", "hub"},
     "speed": {"models", "pruning", "supernet", "training", "evaluation", "_version"},
+    "calibration": set(),
+    "latency": {"pruning", "evaluation", "speed"},
     "report": {"models", "pruning", "supernet", "training"},
 }
 TOP = ("recipe", "run", "cli", "__init__", "__main__")

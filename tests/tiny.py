@@ -5,7 +5,13 @@ import transformers
 from torch import nn
 from transformers import FalconMambaConfig, MambaConfig
 
-from mamba_rsst import MambaForCausalLM, MambaForImageClassification, MambaRsstConfig, MambaRsstVisionConfig
+from mamba_rsst import (
+    MambaForCausalLM,
+    MambaForImageClassification,
+    MambaRsstConfig,
+    MambaRsstVisionConfig,
+    find_groups,
+)
 
 
 TINY = dict(hidden_size=20, d_inner=46, d_state=7, dt_rank=5, d_conv=3)
@@ -26,7 +32,9 @@ WITH_NORMS = ("lm_norms", "falcon_mamba")
 MIXER_TARGETS = ("d_inner", "d_state", "dt_rank")
 PAIRS = [(kind, target) for kind in KINDS for target in MIXER_TARGETS]
 PAIRS += [(kind, "intermediate_size") for kind in WITH_MLP]
-"""Every kind of model with every target that it has."""
+"""Every kind of model with every target that its layers have."""
+MODEL_PAIRS = [(kind, target) for kind in KINDS for target in ("hidden_size", "num_hidden_layers")]
+"""... and those of the model as a whole."""
 
 
 def make(kind, seed=0, **overrides):
@@ -81,6 +89,11 @@ def mixers(model):
     return [layer.mixer for layer in model.backbone.layers]
 
 
+def layer_groups(model):
+    """The groups of the widths that layers have of their own."""
+    return [group for group in find_groups(model) if group.layer is not None]
+
+
 def random_masks(groups, seed=0, share=0.5):
     """Group name -> a mask that keeps about `share` of the channels, at least one and never all."""
     generator = torch.Generator().manual_seed(seed)
@@ -96,7 +109,8 @@ def random_masks(groups, seed=0, share=0.5):
 def even_masks(groups, seed=0):
     """As `random_masks`, with one width for all groups of a target: what transformers' own classes can hold."""
     generator = torch.Generator().manual_seed(seed)
-    keep = {"d_inner": 19, "d_state": 3, "dt_rank": 2, "intermediate_size": 14}
+    keep = {"d_inner": 19, "d_state": 3, "dt_rank": 2, "intermediate_size": 14, "hidden_size": 8}
+    keep["num_hidden_layers"] = 1
     return {
         g.name: torch.zeros(g.size, dtype=torch.bool).index_fill_(
             0, torch.randperm(g.size, generator=generator)[: keep[g.target]], True

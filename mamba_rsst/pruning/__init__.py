@@ -1,6 +1,7 @@
 """Width pruning through one table of coupled slices. Knows slices, not model classes."""
 
-from .budget import BudgetError
+from .align import align_
+from .budget import BudgetError, Cost
 from .config import PruningConfig
 from .groups import TARGETS, Group, Layout, Slice, find_groups
 from .importance import IMPORTANCE, register_importance, score_channels
@@ -18,12 +19,14 @@ __all__ = [
     "SCHEDULES",
     "TARGETS",
     "BudgetError",
+    "Cost",
     "Group",
     "Layout",
     "Masks",
     "PruningConfig",
     "PruningTable",
     "Slice",
+    "align_",
     "apply_masks_",
     "find_groups",
     "leaving_share",

@@ -6,9 +6,12 @@ from .groups import check_targets
 
 
 SCOPES = ("global", "layer")
-BUDGETS = ("channels", "parameters")
+BUDGETS = ("channels", "parameters", "macs", "latency")
 NORMALIZATIONS = ("mean", "max", "none")
 ALLOCATIONS = ("scores", "weights")
+DT_RANK_METHODS = ("select", "svd")
+DEFAULT_IMPORTANCE = {"num_hidden_layers": "leave_one_out"}
+"""Target -> its score unless said otherwise; magnitude_l2 for all others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,20 +19,23 @@ class PruningConfig:
     """What to remove and how it is chosen. Raises ValueError for a setting that no model could follow."""
 
     targets: list[str] | tuple[str, ...] = ("d_inner",)
-    """Widths to prune: any of d_inner, intermediate_size, d_state, dt_rank."""
+    """Widths to prune: any of d_inner, intermediate_size, d_state, dt_rank, hidden_size; num_hidden_layers: blocks."""
 
     sparsity: float | dict[str, float] = 0.5
     """Fraction of the budget removed, in [0, 1). With `budget="channels"` it holds for each target by itself, and may
     be given per target, as {target: fraction}."""
 
     budget: str = "channels"
-    """What `sparsity` is a fraction of: "channels" of each target, or all "parameters" of the model."""
+    """What `sparsity` is a fraction of: "channels" of each target (or blocks), all "parameters" of the model, its
+    "macs" (multiply-accumulates, counted from the widths), or its "latency" as a measured `cost` tells it. To be s
+    times faster, or s times cheaper, is to remove 1 - 1/s."""
 
     scope: str = "global"
     """"global": layers compete, so they end with different widths. "layer": every layer loses the same fraction."""
 
-    importance: str = "magnitude_l2"
-    """Name of a registered score; larger = keep."""
+    importance: str | dict[str, str] | None = None
+    """Name of a registered score, or {target: name}; larger = keep. None: magnitude_l2, and leave_one_out for
+    num_hidden_layers."""
 
     normalization: str = "mean"
     """How scores of different layers are made comparable: divided by the layer's "mean" or "max", or "none"."""
@@ -48,6 +54,11 @@ class PruningConfig:
     """Kept widths are multiples of this; a layer that loses nothing keeps its width. A number and never "what this
     machine likes": the same call must cut the same model everywhere. Why 8: docs/BENCHMARKS.md, which widths pay."""
 
+    dt_rank_method: str = "select"
+    """"select" keeps whole channels of dt_rank by `importance`; "svd" first turns their basis to the singular
+    directions of dt_proj x_proj and keeps the largest: the best approximation of that rank, exact where the true rank
+    is lower."""
+
     seed: int = 0
     """For the `random` score."""
 
@@ -61,18 +72,24 @@ class PruningConfig:
                 raise ValueError(f"`sparsity` names {sorted(self.sparsity)} but `targets` is {list(self.targets)}.")
             if self.budget != "channels":
                 raise ValueError('`sparsity` per target goes with budget="channels" only.')
+        if isinstance(self.importance, dict) and set(self.importance) != set(self.targets):
+            raise ValueError(f"`importance` names {sorted(self.importance)} but `targets` is {list(self.targets)}.")
+        if self.dt_rank_method == "svd" and "dt_rank" not in self.targets:
+            raise ValueError(f'dt_rank_method="svd" needs the target dt_rank; `targets` is {list(self.targets)}.')
         for name, choices in (
             ("scope", SCOPES),
             ("budget", BUDGETS),
             ("normalization", NORMALIZATIONS),
             ("allocation", ALLOCATIONS),
+            ("dt_rank_method", DT_RANK_METHODS),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {list(choices)}, got {getattr(self, name)!r}.")
         from .importance import IMPORTANCE  # the registry grows after this module is loaded
 
-        if self.importance not in IMPORTANCE:
-            raise ValueError(f"Unknown importance {self.importance!r}; choose from {sorted(IMPORTANCE)}.")
+        for name in map(self.importance_of, self.targets):
+            if name not in IMPORTANCE:
+                raise ValueError(f"Unknown importance {name!r}; choose from {sorted(IMPORTANCE)}.")
         if not isinstance(self.round_to, int) or self.round_to < 1:
             raise ValueError(f"`round_to` must be an integer >= 1, got {self.round_to!r}.")
         for name in ("floor", "fillback_rate"):
@@ -83,3 +100,8 @@ class PruningConfig:
 
     def sparsity_of(self, target: str) -> float:
         return self.sparsity[target] if isinstance(self.sparsity, dict) else self.sparsity
+
+    def importance_of(self, target: str) -> str:
+        if isinstance(self.importance, dict):
+            return self.importance[target]
+        return self.importance or DEFAULT_IMPORTANCE.get(target, "magnitude_l2")

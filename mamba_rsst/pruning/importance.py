@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .groups import Group, channel_norms
+from .groups import CONSUMER, PRODUCER, Group, channel_norms
 
 
 Scores = dict[str, Tensor]
@@ -21,6 +22,8 @@ class Calibration:
     model: nn.Module
     batches: Iterable[Mapping[str, Tensor]] | None = None
     seed: int = 0
+    removals: dict[str, int] = field(default_factory=dict)
+    """Group name -> how many of its channels can leave at most: all that a greedy score needs to order."""
 
     def __iter__(self):
         device = next(self.model.parameters()).device
@@ -98,9 +101,7 @@ def taylor(groups, calibration) -> Scores:
         )
     with evaluation_mode(model):
         for batch in calibration:
-            loss = getattr(model(**batch), "loss", None)
-            if loss is None:
-                raise ValueError("Importance 'taylor' needs a loss: put `labels` into the calibration batches.")
+            loss = _loss_of(model(**batch), "taylor")
             grads = torch.autograd.grad(loss, parameters, allow_unused=True)
             grads = {id(p): grad for p, grad in zip(parameters, grads) if grad is not None}
             for group in groups:
@@ -116,31 +117,180 @@ def taylor(groups, calibration) -> Scores:
 @register_importance("activation", needs_data=True)
 def activation(groups, calibration) -> Scores:
     """Sum of a^2 of what the channel hands on, over all calibration tokens: out_proj's or fc2's input, the rows of B
-    and C for a state, the low-rank step for dt_rank."""
+    and C for a state, the low-rank step for dt_rank, the residual stream before each norm for hidden_size."""
     scores = {g.name: torch.zeros(g.size) for g in groups}
-    seen, handles = set(), []
+    seen, hooks = set(), []
 
     def watch(group, module, side, start):
         def hook(module, args, output):
             values = (args[0] if side == "input" else output).detach()[..., start : start + group.size]
             seen.add(group.name)
-            scores[group.name] += values.float().square().flatten(0, -2).sum(0).cpu()
+            scores[group.name] += _squares(values).cpu()
 
-        handles.append(module.register_forward_hook(hook))
+        hooks.append((module, hook))
 
-    try:
+    for group in groups:
+        for module, side, start in group.taps():
+            watch(group, module, side, start)
+    _run_watched(calibration, hooks)
+    if unseen := [group.name for group in groups if group.name not in seen]:
+        raise ValueError(f"Importance 'activation': the model never called what hands on {unseen[0]!r}.")
+    return scores
+
+
+@register_importance("wanda", needs_data=True)
+def wanda(groups, calibration) -> Scores:
+    """Sum of |w_ij| ||x_j||_2 over the weights of the channel's producer and consumer slices, x_j being input j of the
+    linear layer over all calibration tokens (Sun et al. 2023, arXiv:2306.11695, whose score of one weight this is).
+
+    Only layers that are called are seen: the convolution and dt_proj, whose weights are read directly, biases and
+    embeddings count nothing. Raises ValueError for a group of which nothing is seen.
+    """
+    views = {}
+    for group in groups:  # by role, since views give a tied parameter once: embeddings write, the head reads
+        both = [*group.views(PRODUCER), *group.views(CONSUMER)]
+        views[group.name] = [v for v in both if isinstance(v.module, nn.Linear) and v.name == "weight"]
+    squares: dict[nn.Module, Tensor] = {}
+
+    def hook(module, args, output):
+        squares[module] = squares.get(module, 0.0) + _squares(args[0].detach())
+
+    _run_watched(calibration, [(m, hook) for m in {v.module: None for vs in views.values() for v in vs}])
+    scores = {}
+    for group in groups:
+        parts = [
+            v.per_channel(v.of(v.parameter.detach().abs() * squares[v.module].sqrt().to(v.parameter.dtype)))
+            for v in views[group.name]
+            if v.module in squares
+        ]
+        if not parts:
+            raise ValueError(f"Importance 'wanda': the model called no linear layer of {group.name!r}.")
+        scores[group.name] = sum(parts)
+    return scores
+
+
+@register_importance("state_energy", needs_data=True)
+def state_energy(groups, calibration) -> Scores:
+    """Energy of what each state adds to the output over time: sum over tokens t and channels e of (C_tn h_ten)^2.
+
+    For d_state. What can be reached (h, controllability) times what is read (C, observability), from forward passes
+    alone, in the spirit of GHOST (Menezes & Kyrillidis 2026, arXiv:2602.11408); SparseSSM (Tuo & Wang 2025,
+    arXiv:2506.09613) also sums h^2 over time, weighted by A_log^2. The states are run in fp32, one token at a time.
+    """
+    scores = {g.name: torch.zeros(g.size) for g in groups}
+    hooks = []
+
+    def watch(group, scan):
+        owner, N, R = group.owner, group.size, group.width("dt_rank")
+        dt_proj, decay = getattr(owner, scan.dt_proj), getattr(owner, scan.decay)
+
+        def hook(module, args, output):
+            parts = output.detach().float().split([R, N, N], dim=-1)
+            if group.layout.norm_eps is not None:
+                eps = getattr(owner, group.layout.norm_eps)
+                parts = [F.rms_norm(part, part.shape[-1:], eps=eps) for part in parts]
+            low_rank, B, C = parts
+            u, A_log = args[0].detach().float(), decay.float()
+            delta = F.softplus(F.linear(low_rank, dt_proj.weight.float(), dt_proj.bias.float()))
+            scores[group.name] += _run_states(u, delta, A_log, B, C, scan.reverse).cpu()
+
+        hooks.append((getattr(owner, scan.x_proj), hook))
+
+    for group in groups:
+        scans = list(group.scans())
+        if not scans:
+            raise ValueError(
+                f"Importance 'state_energy' scores d_state, not {group.target!r}: give importance={{target: name}}."
+            )
+        for scan in scans:
+            watch(group, scan)
+    _run_watched(calibration, hooks)
+    return scores
+
+
+def _run_states(u, delta, A_log, B, C, reverse) -> Tensor:
+    """sum over t, e of (C_tn h_ten)^2, with h_t = exp(delta_t A) h_t-1 + delta_t B_t u_t: (N,).
+
+    u, delta (Z, L, E), B, C (Z, L, N), A_log (E, N).
+    """
+    A, h, energy = -torch.exp(A_log), 0.0, 0.0
+    for t in reversed(range(u.shape[1])) if reverse else range(u.shape[1]):
+        step = delta[:, t, :, None]
+        h = torch.exp(step * A) * h + step * u[:, t, :, None] * B[:, t, None]
+        energy = energy + (h.square().sum(1) * C[:, t].square()).sum(0)
+    return energy
+
+
+@register_importance("leave_one_out", needs_data=True)
+def leave_one_out(groups, calibration) -> Scores:
+    """The order in which channels leave when the one without which the loss is lowest goes first, one after the other.
+
+    For num_hidden_layers this is Mamba-Shedder's removal of blocks (Munoz et al. 2025, arXiv:2501.17088). It takes a
+    pass over the batches for every channel left and every one removed: sensible for blocks, hardly for widths. Each
+    group is ordered with the others whole. Needs labels in the batches; raises ValueError where there is no loss.
+    """
+    batches = list(calibration)
+    model, scores = calibration.model, {}
+
+    def loss_without(group, channels):
+        with silenced(group, channels):
+            return sum(float(_loss_of(model(**batch), "leave_one_out")) for batch in batches) / len(batches)
+
+    with evaluation_mode(model), torch.no_grad():
         for group in groups:
-            for module, side, start in group.taps():
-                watch(group, module, side, start)
+            scores[group.name] = torch.zeros(group.size)
+            gone: list[int] = []
+            rounds = max(1, min(calibration.removals.get(group.name, group.size - 1), group.size - 1))
+            while len(gone) < rounds:
+                losses = {c: loss_without(group, [*gone, c]) for c in range(group.size) if c not in gone}
+                gone.append(min(losses, key=losses.get))
+                # Removed ones keep their place in the queue; those left are ranked behind it by the last losses.
+                for place, channel in enumerate(sorted(losses, key=losses.get)):
+                    scores[group.name][channel] = len(gone) + place
+    return scores
+
+
+@contextmanager
+def silenced(group: Group, channels: list[int]):
+    """The model with some channels of a group zeroed, as after `apply_masks_`; afterwards it is as it was."""
+    mask = torch.ones(group.size, dtype=torch.bool)
+    mask[channels] = False
+    saved = []
+    try:
+        for view in group.scored_views():
+            keep = view.along(mask)
+            if not keep.all():
+                saved.append((view, view.tensor.detach().clone()))
+                view.tensor.mul_(keep)
+        yield
+    finally:
+        for view, values in saved:
+            view.tensor.copy_(values)
+
+
+def _squares(values: Tensor) -> Tensor:
+    """Sum of squares over all axes but the last, fp32."""
+    return values.float().square().flatten(0, -2).sum(0)
+
+
+def _run_watched(calibration, hooks) -> None:
+    """Run the model on the calibration batches with (module, hook) pairs in place."""
+    handles = []
+    try:
+        handles += [module.register_forward_hook(hook) for module, hook in hooks]
         with evaluation_mode(calibration.model), torch.no_grad():
             for batch in calibration:
                 calibration.model(**batch)
     finally:
         for handle in handles:
             handle.remove()
-    if unseen := [group.name for group in groups if group.name not in seen]:
-        raise ValueError(f"Importance 'activation': the model never called what hands on {unseen[0]!r}.")
-    return scores
+
+
+def _loss_of(outputs, importance: str) -> Tensor:
+    loss = getattr(outputs, "loss", None)
+    if loss is None:
+        raise ValueError(f"Importance {importance!r} needs a loss: put `labels` into the calibration batches.")
+    return loss
 
 
 @contextmanager

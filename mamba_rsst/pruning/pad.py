@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from .groups import Group, View, find_groups
-from .shrink import replace_, rescale_, set_config_width
+from .shrink import Homes, homes_of, replace_, rescale_, set_config_width
 
 
 @torch.no_grad()
@@ -19,19 +19,22 @@ def pad_(model: nn.Module, widths: dict[str, int]) -> nn.Module:
     """
     groups = find_groups(model, tuple(widths))
     for group in groups:
+        if group.layer is None:
+            raise ValueError(f"{group.target!r} is one width for the whole model, which cannot be padded.")
         if group.size > widths[group.target]:
             raise ValueError(
                 f"{group.name!r} has {group.size} channels: it cannot be padded to {widths[group.target]}."
             )
+    homes = homes_of(model)
     for group in groups:
         if group.size < widths[group.target]:
-            _pad_group_(group, widths[group.target])
+            _pad_group_(group, widths[group.target], homes)
     for field, target in {group.config_field: group.target for group in groups}.items():
         set_config_width(model.config, field, widths[target])
     return model
 
 
-def _pad_group_(group: Group, new: int) -> None:
+def _pad_group_(group: Group, new: int, homes: Homes) -> None:
     old = group.size
     # Slices of one parameter along one axis (x and z rows of in_proj) grow in one step, since each moves the next.
     ends: dict[tuple[int, str, int], tuple[View, list[int]]] = {}
@@ -48,6 +51,6 @@ def _pad_group_(group: Group, new: int) -> None:
             pieces.append(view.parameter.new_full(shape, fill))
             start = place
         pieces.append(view.parameter.narrow(view.axis, start, view.parameter.shape[view.axis] - start))
-        replace_(view.module, view.name, torch.cat(pieces, dim=view.axis))
-    setattr(group.owner, group.layout.widths[group.target][0], new)
+        replace_(view, torch.cat(pieces, dim=view.axis), homes)
+    group.set_size(new)
     rescale_(group, old, new)

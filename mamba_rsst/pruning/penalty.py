@@ -69,7 +69,7 @@ class _ChannelNorms(torch.autograd.Function):
     @staticmethod
     def forward(ctx, views, *parameters):
         ctx.views = views
-        norms = torch.stack([_norm_along(v.tensor.detach(), v.axis) for v in views])
+        norms = torch.stack([v.norms() for v in views])
         norms = torch.linalg.vector_norm(norms, dim=0)
         ctx.save_for_backward(norms, *parameters)
         return norms
@@ -84,13 +84,6 @@ class _ChannelNorms(torch.autograd.Function):
             along = view.along(factor).to(view.parameter.dtype)
             view.of(grads[id(view.parameter)]).addcmul_(view.tensor.detach(), along)
         return None, *grads.values()
-
-
-def _norm_along(x: Tensor, axis: int) -> Tensor:
-    """L2 norm over all axes but one, fp32 or better."""
-    others = [d for d in range(x.dim()) if d != axis]
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return torch.linalg.vector_norm(x, dim=others, dtype=dtype) if others else x.abs().to(dtype)
 
 
 @torch.no_grad()

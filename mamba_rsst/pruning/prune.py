@@ -4,7 +4,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from .budget import Widths, allocate, count_parameters
+from .align import align_, singular_values
+from .budget import Cost, Widths, allocate, mac_cost, most_removed, parameter_cost
 from .config import PruningConfig
 from .groups import Group, find_groups
 from .importance import Calibration, score_channels
@@ -13,43 +14,71 @@ from .shrink import config_widths, shrink_
 
 
 def select_channels(
-    model: nn.Module, config: PruningConfig, calibration: Iterable | None = None, dense: Widths | None = None
+    model: nn.Module,
+    config: PruningConfig,
+    calibration: Iterable | None = None,
+    dense: Widths | None = None,
+    cost: Cost | None = None,
 ) -> Masks:
     """Score the channels of `config.targets` and choose those to keep; the model stays as it is.
 
     calibration: batches (dicts of the model's arguments) for scores that look at data.
     dense: widths that the fractions refer to, group name -> width; default the current ones.
+    cost: for budget="latency", masks -> milliseconds; see `mamba_rsst.speed.latency_cost`.
+    With dt_rank_method="svd" the masks of dt_rank are for the model after `align_(model, config)`.
     """
     groups = find_groups(model, config.targets)
-    scores = score_channels(groups, config.importance, Calibration(model, calibration, config.seed))
-    masks = allocate(model, groups, scores, config, dense)
-    config_widths(model, groups, masks)  # a choice that could not be cut is an error here already
+    now = {g.name: g.size for g in groups}
+    removals = {g.name: most_removed(g, config, dense or now) for g in groups}
+    turned = [g for g in groups if g.target == "dt_rank" and config.dt_rank_method == "svd"]
+    by_score: dict[str, list[Group]] = {}
+    for group in groups:
+        if group not in turned:
+            by_score.setdefault(config.importance_of(group.target), []).append(group)
+    if len(by_score) > 1 and calibration is not None:
+        calibration = list(calibration)  # each score reads it from the beginning
+    scores = {group.name: singular_values(group) for group in turned}
+    for name, part in by_score.items():
+        scores |= score_channels(part, name, Calibration(model, calibration, config.seed, removals))
+    masks = allocate(model, groups, scores, config, dense, cost)
+    config_widths(model, find_groups(model), masks)  # a choice that could not be cut is an error here already
     return masks
 
 
 def prune_(
-    model: nn.Module, config: PruningConfig, calibration: Iterable | None = None, dry_run: bool = False
+    model: nn.Module,
+    config: PruningConfig,
+    calibration: Iterable | None = None,
+    dry_run: bool = False,
+    cost: Cost | None = None,
 ) -> "PruningTable":
-    """Cut `model` in place to `config`'s budget. Returns the table of widths; `dry_run` leaves the model untouched."""
-    masks = select_channels(model, config, calibration)
-    groups = find_groups(model, config.targets)
-    table = PruningTable.of(model, groups, masks)
+    """Cut `model` in place to `config`'s budget. Returns the table of widths; `dry_run` leaves the model untouched.
+
+    calibration, cost: as in `select_channels`.
+    """
+    masks = select_channels(model, config, calibration, cost=cost)
+    table = PruningTable.of(model, find_groups(model, config.targets), masks)
     if not dry_run:
+        align_(model, config)
         shrink_(model, masks)
     return table
 
 
 class PruningTable(list):
-    """Rows {"layer", "target", "before", "after"}; prints as a table, with `sparsity` and `param_reduction` apart."""
+    """Rows {"layer", "target", "before", "after"}; prints as a table, with `sparsity` and `param_reduction` apart.
 
-    parameters_before = parameters_after = 0
+    layer: None for a width of the whole model. macs_before, macs_after: of one image, or one token of text.
+    """
+
+    parameters_before = parameters_after = macs_before = macs_after = 0
 
     @classmethod
     def of(cls, model: nn.Module, groups: list[Group], masks: Masks) -> "PruningTable":
         kept = kept_widths(groups, masks)
         table = cls({"layer": g.layer, "target": g.target, "before": g.size, "after": kept[g.name]} for g in groups)
-        table.parameters_before = count_parameters(model, groups, {g.name: g.size for g in groups})
-        table.parameters_after = count_parameters(model, groups, kept)
+        for name, cost in (("parameters", parameter_cost(model, groups)), ("macs", mac_cost(model, groups))):
+            setattr(table, f"{name}_before", int(cost({})))
+            setattr(table, f"{name}_after", int(cost(masks)))
         return table
 
     @property
@@ -66,9 +95,15 @@ class PruningTable(list):
     def param_reduction(self) -> float:
         return 1 - self.parameters_after / self.parameters_before
 
+    @property
+    def mac_reduction(self) -> float:
+        return 1 - self.macs_after / self.macs_before
+
     def __str__(self):
         lines = [f"{'layer':>5}  {'target':<18} {'before':>7} {'after':>7}"]
-        lines += [f"{r['layer']:>5}  {r['target']:<18} {r['before']:>7} {r['after']:>7}" for r in self]
+        for r in self:
+            layer = "all" if r["layer"] is None else r["layer"]
+            lines.append(f"{layer:>5}  {r['target']:<18} {r['before']:>7} {r['after']:>7}")
         lines += [f"channel sparsity {target}: {value:.1%}" for target, value in self.sparsity.items()]
         lines.append(
             f"parameters {self.parameters_before:,} -> {self.parameters_after:,} ({self.param_reduction:.1%} fewer)"

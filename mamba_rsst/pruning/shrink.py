@@ -19,73 +19,112 @@ def shrink_(model: nn.Module, masks: Masks) -> nn.Module:
     groups = find_groups(model)
     check_masks(groups, masks)
     widths = config_widths(model, groups, masks)
+    homes = homes_of(model)
     for group in groups:
         if group.name in masks and not masks[group.name].all():
-            _cut_group_(group, masks[group.name])
-    for name, value in widths.items():
-        set_config_width(model.config, name, value)
+            if group.blocks is None:
+                _cut_group_(group, masks[group.name], homes)
+            else:
+                _cut_blocks_(group, masks[group.name])
+    for name, value in sorted(widths.items(), key=lambda item: isinstance(item[1], list)):
+        set_config_width(model.config, name, value)  # lists last: their length is the number of layers
     return model
 
 
-def _cut_group_(group: Group, mask: torch.Tensor) -> None:
+Homes = dict[int, list[tuple[nn.Module, str]]]
+"""id(parameter) -> all places that hold it: a tied parameter is cut once and put back everywhere."""
+
+
+def _cut_group_(group: Group, mask: torch.Tensor, homes: Homes) -> None:
     old, new = group.size, int(mask.sum())
     # Slices of one parameter along one axis (x and z rows of in_proj) are cut in one step, since a cut moves the rest.
-    cuts: dict[tuple[int, str, int], tuple[View, torch.Tensor]] = {}
+    cuts: dict[tuple[int, int], tuple[View, torch.Tensor]] = {}
     for view in group.views():
         parameter = view.parameter
         keep = cuts.setdefault(
-            (id(view.module), view.name, view.axis),
+            (id(parameter), view.axis),
             (view, torch.ones(parameter.shape[view.axis], dtype=torch.bool, device=parameter.device)),
         )[1]
         keep[view.start : view.start + view.size] = mask.to(parameter.device)
     for view, keep in cuts.values():
-        replace_(view.module, view.name, view.parameter.index_select(view.axis, keep.nonzero()[:, 0]))
-    setattr(group.owner, group.layout.widths[group.target][0], new)
+        replace_(view, view.parameter.index_select(view.axis, keep.nonzero()[:, 0]), homes)
+    group.set_size(new)
     rescale_(group, old, new)
 
 
 def rescale_(group: Group, old: int, new: int) -> None:
     """Make up for norms whose means run over `new` channels of the group instead of `old`; see `Scale`."""
-    for scale in group.scales():
-        module, _, name = scale.parameter.rpartition(".")
-        whole = getattr(group.owner.get_submodule(module), name)
-        own = [view.tensor for view in group.scored_views() if view.parameter is whole]
-        for tensor in own if scale.own else [whole]:
-            tensor.mul_((old / new) ** scale.power)
+    for scale, holder, name in group.scales():
+        value, factor = getattr(holder, name), (old / new) ** scale.power
+        if not isinstance(value, torch.Tensor):
+            setattr(holder, name, value * factor)
+            continue
+        own = [view.tensor for view in group.scored_views() if view.parameter is value]
+        for tensor in own if scale.own else [value]:
+            tensor.mul_(factor)
 
 
-def replace_(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Put `tensor` in the parameter's or buffer's place, with its flags; the module learns its new size."""
-    old = getattr(module, name)
-    if name in module._parameters:
-        new = nn.Parameter(tensor.contiguous(), requires_grad=old.requires_grad)
+def _cut_blocks_(group: Group, mask: torch.Tensor) -> None:
+    kept = [block for block, keep in zip(group.blocks, mask) if keep]
+    for index, block in enumerate(kept):
+        for module in block.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = index
+    group.set_blocks(nn.ModuleList(kept))
+    group.set_size(len(kept))
+
+
+def homes_of(model: nn.Module) -> Homes:
+    """Where every tensor of the model lives: a tied one in several places."""
+    homes: Homes = {}
+    for module in model.modules():
+        for name, parameter in (*module._parameters.items(), *module._buffers.items()):
+            homes.setdefault(id(parameter), []).append((module, name))
+    return homes
+
+
+def replace_(view: View, tensor: torch.Tensor, homes: Homes) -> None:
+    """Put `tensor` in the place of the view's parameter or buffer, wherever it is held, with its flags; the modules
+    learn its size."""
+    old = view.parameter
+    new = tensor.contiguous()
+    if view.name in view.module._parameters:
+        new = nn.Parameter(new, requires_grad=old.requires_grad)
         new.__dict__.update(old.__dict__)
-        module._parameters[name] = new
-    else:
-        module._buffers[name] = tensor.contiguous()
-    for kind, sizes in _SIZE_ATTRIBUTES.items():
-        if isinstance(module, kind) and name == "weight":
-            module.__dict__.update(sizes(module.weight.shape))
+    homes[id(new)] = homes.pop(id(old))
+    for module, name in homes[id(new)]:
+        (module._parameters if name in module._parameters else module._buffers)[name] = new
+        for kind, sizes in _SIZE_ATTRIBUTES.items():
+            if isinstance(module, kind) and name == "weight":
+                module.__dict__.update(sizes(new.shape))
 
 
 # What torch's modules remember of their weight's shape.
 _SIZE_ATTRIBUTES = {
     nn.Linear: lambda shape: {"out_features": shape[0], "in_features": shape[1]},
     nn.Conv1d: lambda shape: {"in_channels": shape[0], "out_channels": shape[0], "groups": shape[0]},  # depthwise
+    nn.Conv2d: lambda shape: {"out_channels": shape[0]},  # patches
+    nn.Embedding: lambda shape: {"num_embeddings": shape[0], "embedding_dim": shape[1]},
+    nn.RMSNorm: lambda shape: {"normalized_shape": tuple(shape)},
 }
 
 
 def config_widths(model, groups, masks) -> dict[str, int | list[int]]:
     """Config field -> its value after a cut. Raises ValueError for widths that the config cannot hold."""
     kept = kept_widths(groups, masks)
+    out = {g.config_field: kept[g.name] for g in groups if g.layer is None}
+    blocks = next((masks[g.name] for g in groups if g.blocks is not None and g.name in masks), None)
     fields: dict[str, dict[int, int]] = {}
     for group in groups:
-        fields.setdefault(group.config_field, {})[group.layer] = kept[group.name]
-    out = {}
+        if group.layer is not None:
+            by_layer = fields.setdefault(group.config_field, {})
+            if blocks is None or blocks[group.layer]:
+                by_layer[group.layer] = kept[group.name]
     for name, by_layer in fields.items():
         if hasattr(model.config, "set_widths"):
             before = model.config.widths(name)
-            out[name] = [by_layer.get(layer, width) for layer, width in enumerate(before)]
+            after = [by_layer.get(layer, width) for layer, width in enumerate(before)]
+            out[name] = after if blocks is None else [width for width, keep in zip(after, blocks) if keep]
         elif len(set(by_layer.values())) == 1:
             out[name] = next(iter(by_layer.values()))
         else:
@@ -97,7 +136,7 @@ def config_widths(model, groups, masks) -> dict[str, int | list[int]]:
 
 
 def set_config_width(config, name, value):
-    if hasattr(config, "set_widths"):
+    if isinstance(value, list):
         config.set_widths(name, value)
     else:
         setattr(config, name, value)

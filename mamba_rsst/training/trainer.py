@@ -18,7 +18,7 @@ from huggingface_hub import upload_folder
 from transformers import Trainer, TrainerCallback, get_scheduler, set_seed
 from transformers.trainer_utils import TrainOutput
 
-from ..pruning import Masks, PruningConfig, find_groups, leaving_share, select_channels, shrink_
+from ..pruning import Masks, PruningConfig, align_, find_groups, leaving_share, select_channels, shrink_
 from ..pruning.masks import kept_widths
 from ..pruning.penalty import MAX_DECAY, decay_, group_lasso, strength_for
 from ..pruning.schedules import schedule_value
@@ -165,6 +165,7 @@ class RSSTTrainer(Trainer):
         set_seed(self.args.seed + index)  # each stage draws its own numbers, the same whether resumed or not
         self._masks, self._leaving_groups = {}, []
         if stage.select:
+            align_(self.model, self.pruning)
             chosen = self._select(stage, folder / "masks.safetensors")
             self._masks = {name: mask.to(self.args.device) for name, mask in chosen.items()}  # read in every step
             self._leaving_groups = [g for g in self._groups() if g.name in self._masks]
@@ -236,7 +237,7 @@ class RSSTTrainer(Trainer):
     def _rewind(self, index: int, folder) -> None:
         """Set the survivors back to the rewind point, which is cut alike and kept for the next round."""
         point = type(self.model).from_pretrained(self.run_folder.rewind_point(index, self.stages))
-        shrink_(point, self._masks)
+        shrink_(align_(point, self.pruning), self._masks)
         self.model.load_state_dict(point.state_dict())
         if self.is_world_process_zero():
             _replace_folder(point, folder / "rewind")

@@ -6,10 +6,12 @@ from tiny import (
     BIDIRECTIONAL,
     KINDS,
     MIXER_TARGETS,
+    MODEL_PAIRS,
     PAIRS,
     WITH_MLP,
     WITH_NORMS,
     batch_of,
+    layer_groups,
     logits_of,
     make,
     mixers,
@@ -109,6 +111,9 @@ def test_absent_parameters_have_no_slices(bias):
     assert rows == {row for row in expected_places("v2", "d_inner") if bias or row[0] not in gone}
 
 
+WITH_STREAM = [pair for pair in MODEL_PAIRS if pair[1] == "hidden_size"]
+
+
 @torch.no_grad()
 def permute_(group, order, without=None):
     for i, view in enumerate(group.views()):
@@ -124,7 +129,7 @@ def cycle(size):
     return shifted
 
 
-@pytest.mark.parametrize("kind, target", PAIRS)
+@pytest.mark.parametrize("kind, target", [*PAIRS, *WITH_STREAM])
 def test_permuting_a_group_changes_nothing(kind, target):
     model = make(kind)
     before = logits_of(model)
@@ -133,7 +138,7 @@ def test_permuting_a_group_changes_nothing(kind, target):
     torch.testing.assert_close(logits_of(model), before, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind, target", PAIRS)
+@pytest.mark.parametrize("kind, target", [*PAIRS, *WITH_STREAM])
 def test_permuting_all_but_one_slice_does(kind, target):
     model = make(kind)
     before = logits_of(model)
@@ -153,7 +158,7 @@ def test_every_axis_belongs_to_a_group(kind):
     """All sizes differ, so an axis that no slice covers shows by its size."""
     model = make(kind)
     covered = {}
-    for group in find_groups(model):
+    for group in layer_groups(model):
         for view in group.views():
             key = (id(view.parameter), view.axis)
             covered.setdefault(key, torch.zeros(view.parameter.shape[view.axis], dtype=torch.int))
@@ -230,7 +235,7 @@ def test_layouts_are_told_apart(kind):
     model = make(kind)
     names = {layout_of(m).name for m in model.modules() if layout_of(m)}
     assert (
-        names
+        names - {"a model's residual stream"}
         == {
             **dict.fromkeys(BIDIRECTIONAL, {"mamba_rsst mixer", "mamba_rsst MLP"}),
             "lm": {"mamba_rsst mixer"},
@@ -245,13 +250,14 @@ def test_layouts_are_told_apart(kind):
 
 def test_all_targets_by_default_in_the_order_of_the_modules():
     names = [g.name.removeprefix("backbone.layers.") for g in find_groups(make("v2"))]
-    assert names == [
+    assert names[:2] == ["model:hidden_size", "model:num_hidden_layers"]
+    assert names[2:] == [
         f"{i}.{name}"
         for i in range(2)
         for name in ("mixer:d_inner", "mixer:d_state", "mixer:dt_rank", "mlp:intermediate_size")
     ]
-    assert [g.target for g in find_groups(make("mamba"))] == [*MIXER_TARGETS] * 2
-    assert set(TARGETS) == set(WIDTH)
+    assert [g.target for g in layer_groups(make("mamba"))] == [*MIXER_TARGETS] * 2
+    assert set(TARGETS) == {*WIDTH, "hidden_size", "num_hidden_layers"}
     assert [(g.layer, g.target) for g in find_groups(make("v2"), "d_state")] == [(0, "d_state"), (1, "d_state")]
 
 
@@ -264,8 +270,8 @@ def test_layers_without_an_mlp():
 @pytest.mark.parametrize(
     "targets, message",
     [
-        (["d_iner"], r"Unknown target 'd_iner'; choose from \['d_inner', 'd_state', 'dt_rank', 'intermediate_size'\]"),
-        ("hidden_size", "Unknown target 'hidden_size'; choose from"),
+        (["d_iner"], r"Unknown target 'd_iner'; choose from \['hidden_size', 'num_hidden_layers', 'd_inner',"),
+        ("vocab_size", "Unknown target 'vocab_size'; choose from"),
         ([], "`targets` must name each of one or more of"),
         (["d_inner", "d_inner"], "`targets` must name each of one or more of .* once, got"),
     ],
@@ -281,7 +287,7 @@ def test_a_target_that_the_model_lacks(kind):
     name = type(model).__name__
     with pytest.raises(ValueError, match=f"{name} has no 'intermediate_size' to prune; it has .*d_inner"):
         find_groups(model, ["d_inner", "intermediate_size"])
-    assert {g.target for g in find_groups(model)} == set(MIXER_TARGETS)
+    assert {g.target for g in layer_groups(model)} == set(MIXER_TARGETS)
 
 
 def test_a_model_without_widths():

@@ -3,7 +3,18 @@ import math
 
 import pytest
 import torch
-from tiny import BIDIRECTIONAL, KINDS, MIXER_TARGETS, PAIRS, WITH_NORMS, even_masks, logits_of, make, random_masks
+from tiny import (
+    BIDIRECTIONAL,
+    KINDS,
+    MIXER_TARGETS,
+    MODEL_PAIRS,
+    PAIRS,
+    WITH_NORMS,
+    even_masks,
+    logits_of,
+    make,
+    random_masks,
+)
 
 from mamba_rsst import apply_masks_, find_groups
 from mamba_rsst.pruning import leaving_share
@@ -21,11 +32,14 @@ def factors_by_hand(model, masks, amount):
             continue
         for view in group.views(PRODUCER, CONSUMER):
             for c in (~masks[group.name]).nonzero()[:, 0].tolist():
+                if view.axis is None:  # a block's whole parameter
+                    factors[names[id(view.parameter)]].mul_(1 - amount if view.start == c else 1)
+                    continue
                 factors[names[id(view.parameter)]].select(view.axis, view.start + c).mul_(1 - amount)
     return factors
 
 
-@pytest.mark.parametrize("kind, target", PAIRS)
+@pytest.mark.parametrize("kind, target", [*PAIRS, *MODEL_PAIRS])
 def test_decay_touches_what_leaves_and_nothing_else(kind, target):
     """Kept channels, carried slices and groups without a mask stay to the last bit."""
     model = make(kind)
@@ -106,16 +120,18 @@ def test_decay_in_other_dtypes(dtype):
 def channel_vectors(group, parameters):
     """Each channel's producer and consumer numbers as one vector, channel by channel."""
     views = [(parameters[id(v.parameter)], v.axis, v.start) for v in group.views(PRODUCER, CONSUMER)]
+    if group.blocks is not None:  # whole parameters, each of one block
+        return [torch.cat([p.flatten() for p, _, block in views if block == c]) for c in range(group.size)]
     return [torch.cat([p.select(axis, start + c).flatten() for p, axis, start in views]) for c in range(group.size)]
 
 
 @pytest.mark.parametrize("scope", ["leaving", "all"])
-@pytest.mark.parametrize("kind, target", PAIRS)
+@pytest.mark.parametrize("kind, target", [*PAIRS, *MODEL_PAIRS])
 def test_group_lasso(kind, target, scope):
     model = make(kind)
     groups = find_groups(model, [target])
     masks = random_masks(groups)
-    if scope == "leaving":
+    if scope == "leaving" and len(groups) > 1:
         del masks[groups[0].name]  # a group without a mask has nothing that leaves
     parameters = [p for p in model.parameters() if p.requires_grad]
     value = group_lasso(groups, masks, scope)

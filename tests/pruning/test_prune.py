@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from tiny import KINDS, MIXER_TARGETS, OWN, WITH_MLP, batch_of, logits_of, make
+from tiny import KINDS, MIXER_TARGETS, OWN, WITH_MLP, batch_of, layer_groups, logits_of, make
 
 from mamba_rsst import PruningConfig, apply_masks_, find_groups, prune_, select_channels, shrink_
 
@@ -41,7 +41,7 @@ def test_choosing_leaves_the_model_alone():
     assert [row["before"] for row in table] == [46, 7, 5, 33] * 2
     done = prune_(model, config)
     assert list(done) == list(table) and str(done) == str(table)
-    assert [g.size for g in find_groups(model)] == [row["after"] for row in table]
+    assert [g.size for g in layer_groups(model)] == [row["after"] for row in table]
 
 
 def test_the_table():
@@ -97,7 +97,7 @@ def test_planted_weaklings_are_found(target, importance):
         ({"targets": ["d_iner"]}, "Unknown target 'd_iner'; choose from"),
         ({"targets": []}, "`targets` must name"),
         ({"scope": "layerwise"}, r"`scope` must be one of \['global', 'layer'\], got 'layerwise'"),
-        ({"budget": "flops"}, r"`budget` must be one of \['channels', 'parameters'\], got 'flops'"),
+        ({"budget": "flops"}, r"`budget` must be one of \['channels', 'parameters', 'macs', 'latency'\], got 'flops'"),
         ({"normalization": "median"}, "`normalization` must be one of"),
         ({"allocation": "density"}, "`allocation` must be one of"),
         ({"importance": "tailor"}, "Unknown importance 'tailor'; choose from"),
