@@ -55,7 +55,7 @@ WORDS = {
         auto_class="AutoModelForCausalLM",
         use='print(pipe("Once upon a time", max_new_tokens=20))',
         metrics=("accuracy", "perplexity"),
-        limits="Quality is of one run with one seed, measured on {dataset} alone; perplexity is that of this tokenizer.",
+        limits="Quality is of one run with one seed, measured on {dataset} alone; perplexity is by this tokenizer.",
     ),
 }
 
@@ -92,7 +92,7 @@ def model_card(
 def _card_text(results, words, recipe, dataset, repo) -> str:
     last = results["rows"][-1]["name"]
     figures = "![Channels kept in each layer](figures/widths.png)\n\n" if results.get("widths") else ""
-    figures += f"![Loss, quality and penalty](figures/training.png)" if results.get("trained", True) else ""
+    figures += "![Loss, quality and penalty](figures/training.png)" if results.get("trained", True) else ""
     method = results.get("method")
     if method == "refill" and results.get("allocation") == "scores":
         method = "one shot"  # Refill without its unstructured mask

@@ -248,9 +248,7 @@ def plot_training(history: list[dict], path) -> Path:
     ]
     plan = [lines for lines in ([line for line in panel if series[line[0]][0]] for panel in plan) if lines]
     if not plan:
-        raise ValueError(
-            "The history holds neither loss nor quality nor penalty: there is nothing to plot."
-        )
+        raise ValueError("The history holds neither loss nor quality nor penalty: there is nothing to plot.")
 
     figure, panels = _figure(10, 4.2 if len(plan) == 1 else 6.6, len(plan), height_ratios=[3, 2][: len(plan)])
     for panel, lines in zip(panels, plan, strict=True):
