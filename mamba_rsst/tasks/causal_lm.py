@@ -27,8 +27,11 @@ class CausalLM(Task):
     metrics = ("perplexity", "accuracy")
     speed = "tokens_per_s"
 
+    def load_tokenizer(self, recipe):
+        return text_tokenizer(recipe.data, recipe.model.path)
+
     def load_data(self, recipe) -> TextData:
-        tokenizer = text_tokenizer(recipe.data, recipe.model.path)
+        tokenizer = self.load_tokenizer(recipe)
         self._check_vocabulary(recipe, tokenizer)  # before minutes of reading
         return load_text_data(recipe.data, tokenizer, seed=recipe.training.get("seed", 42))
 

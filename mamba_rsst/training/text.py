@@ -222,7 +222,7 @@ def load_text_data(config: TextDataConfig, tokenizer, seed: int = 0) -> TextData
     if eval_split is None:
         if config.streaming:
             raise ValueError(f"{config.path!r} has no split to evaluate on, and nothing can be held out of a stream.")
-        blocks = _pack(config, source, train_split, tokenizer, None)
+        blocks = pack_split(config, source, train_split, tokenizer)
         held = max(1, round(config.holdout * len(blocks)))
         if held == len(blocks):
             raise ValueError(f"{_where(config, train_split)} is one block of {config.block_size} tokens: too few.")
@@ -230,7 +230,7 @@ def load_text_data(config: TextDataConfig, tokenizer, seed: int = 0) -> TextData
         train = train[: _blocks(config, config.max_train_tokens)].clone()
         held_out = held_out[: _blocks(config, config.max_eval_tokens)].clone()
         return TextData(train=TokenBlocks(train), eval=TokenBlocks(held_out), tokenizer=tokenizer)
-    held_out = _pack(config, source, eval_split, tokenizer, config.max_eval_tokens)
+    held_out = pack_split(config, source, eval_split, tokenizer, config.max_eval_tokens)
     if config.streaming:
         train = TokenStream(
             lambda: _stream(config, source, train_split, tokenizer),
@@ -239,7 +239,7 @@ def load_text_data(config: TextDataConfig, tokenizer, seed: int = 0) -> TextData
         )
         train.first(1)  # what is wrong with the text shows now
     else:
-        train = TokenBlocks(_pack(config, source, train_split, tokenizer, config.max_train_tokens))
+        train = TokenBlocks(pack_split(config, source, train_split, tokenizer, config.max_train_tokens))
     return TextData(train=train, eval=TokenBlocks(held_out), tokenizer=tokenizer)
 
 
@@ -251,7 +251,7 @@ def _where(config, split: str) -> str:
     return f"Split {split!r} of {config.path!r}" if split else f"The text of {config.path!r}"
 
 
-def _pack(config, source, split, tokenizer, limit) -> Tensor:
+def pack_split(config: TextDataConfig, source: TextSource, split: str, tokenizer, limit: int | None = None) -> Tensor:
     """A split's first `limit` tokens as blocks (M, L) int32; what is left over at the end is dropped."""
     from tqdm.auto import tqdm
 
