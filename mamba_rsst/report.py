@@ -45,11 +45,11 @@ def _share(value, dense) -> str:
     return f"{value / dense:.1%}"
 
 
-def _speed_columns(item: str, key: str) -> tuple:
+def _speed_columns(item: str, key: str, text) -> tuple:
     return (
         ("Params", "parameters", human, _share),
         (f"MACs / {item}", "macs", human, _share),
-        (f"{item.title()}s / s", key, lambda v: f"{v:,.{0 if v >= 100 else 1}f}", lambda v, d: f"{v / d:.2f}×"),
+        (f"{item.title()}s / s", key, text, lambda v, dense: f"{v / dense:.2f}×"),
         ("Peak memory", "peak_memory", lambda v: f"{v / 2**20:,.1f} MiB", _share),
     )
 
@@ -57,8 +57,11 @@ def _speed_columns(item: str, key: str) -> tuple:
 ACCURACY = ("Accuracy", "accuracy", "{:.2%}".format, lambda v, dense: f"{100 * (v - dense):+.2f}")
 PERPLEXITY = ("Perplexity", "perplexity", lambda v: f"{v:,.2f}", lambda v, dense: f"{v / dense - 1:+.1%}")
 COLUMNS = {  # task -> its columns: title, key, the value as text, how it compares with the dense row's
-    "image-classification": (ACCURACY, *_speed_columns("image", "images_per_s")),
-    "causal-lm": (PERPLEXITY, *_speed_columns("token", "tokens_per_s")),
+    "image-classification": (
+        ACCURACY,
+        *_speed_columns("image", "images_per_s", lambda v: f"{v:,.{0 if v >= 100 else 1}f}"),
+    ),
+    "causal-lm": (PERPLEXITY, *_speed_columns("token", "tokens_per_s", human)),
 }
 
 

@@ -51,8 +51,7 @@ class Task(ABC):
     @abstractmethod
     def prepare(self, recipe, args, model, data) -> dict[str, Any]:
         """RSSTTrainer's arguments for the data: data sets, collators, metrics, `calibration`, and what is saved beside
-        the model. May set those of `args` that only this task needs. Raises ValueError for settings that do not go
-        with the task."""
+        the model. Raises ValueError for settings that do not go with the task."""
 
     @abstractmethod
     def workload(self, model, recipe) -> Workload:

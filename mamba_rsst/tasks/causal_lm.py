@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from .. import speed
 from ..convert import config_from_mamba_ssm, convert_checkpoint
@@ -60,9 +61,7 @@ class CausalLM(Task):
             raise ValueError(
                 "`training.label_smoothing_factor` does not go with language models: the perplexity would be another."
             )
-        args.include_for_metrics = ["loss"]
         train, held_out = data.train.to(args.device), data.eval.to(args.device)
-        answers = held_out.answers is not None
         calibrates = recipe.pruning is not None
         return {
             "train_dataset": train,
@@ -73,8 +72,8 @@ class CausalLM(Task):
             if calibrates
             else None,
             "processing_class": data.tokenizer,
-            "preprocess_logits_for_metrics": _answers_right if answers else _nothing,
-            "compute_metrics": _perplexity_and_accuracy if answers else _perplexity,
+            "preprocess_logits_for_metrics": block_sums,
+            "compute_metrics": _perplexity if held_out.answers is None else _perplexity_and_accuracy,
         }
 
     def workload(self, model, recipe) -> Workload:
@@ -112,23 +111,27 @@ def _load(path: str) -> MambaForCausalLM:
     return convert_checkpoint(path, dtype=torch.float32)
 
 
-# ---- metrics: what leaves the device is a number or two a block, never (B, L, vocabulary) logits ----
-def _nothing(logits, labels):
-    return labels.new_zeros(len(labels))
+# ---- metrics ----
+def block_sums(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """(B, 3) fp32 of a batch: loss summed, tokens counted, tokens predicted right. All that leaves the device of its
+    (B, L, V) logits. A block at a time: the batch would take its logits' memory once more.
 
-
-def _answers_right(logits, labels):
-    """(B, 2): answers that would have been predicted right, and all."""
-    targets = labels[:, 1:]
-    counted = targets != -100
-    return torch.stack([((logits[:, :-1].argmax(-1) == targets) & counted).sum(-1), counted.sum(-1)], dim=-1)
+    Not from the trainer's mean loss a batch, which counts blocks twice where a batch is filled up for all processes.
+    """
+    rows = []
+    for predicted, targets in zip(logits[:, :-1], labels[:, 1:]):
+        loss = F.cross_entropy(predicted.float(), targets, reduction="sum")
+        right = (predicted.argmax(-1) == targets).sum()  # no token is -100
+        rows.append(torch.stack([loss, (targets != -100).sum(), right]))
+    return torch.stack(rows)
 
 
 def _perplexity(prediction) -> dict:
-    """exp of the mean loss a token: every block has the same number of tokens, so the mean over blocks is that."""
-    return {"perplexity": float(np.exp(np.minimum(np.mean(prediction.losses, dtype=np.float64), 700.0)))}
+    """exp of the mean loss a token."""
+    loss, counted, _ = prediction.predictions.sum(0, dtype=np.float64)
+    return {"perplexity": math.exp(min(loss / counted, 700.0))}
 
 
 def _perplexity_and_accuracy(prediction) -> dict:
-    right, counted = prediction.predictions.sum(0)
-    return {**_perplexity(prediction), "accuracy": float(right / counted)}
+    _, counted, right = prediction.predictions.sum(0, dtype=np.float64)
+    return {**_perplexity(prediction), "accuracy": right / counted}
