@@ -10,14 +10,12 @@ from pathlib import Path
 import yaml
 
 from .models.configuration_mamba_rsst import MambaRsstBaseConfig
-from .models.configuration_mamba_rsst_vision import PRESETS, MambaRsstVisionConfig
 from .pruning import PruningConfig
+from .tasks import TASKS, Task
 from .training.arguments import RSSTConfig
 from .training.augmentation import AugmentationConfig
 from .training.data import ImageDataConfig
-
-
-TASKS = ("image-classification",)
+from .training.text import TextDataConfig
 
 
 class RecipeError(ValueError):
@@ -35,8 +33,6 @@ class ModelSection:
     def __post_init__(self):
         if (self.preset is None) == (self.path is None):
             raise ValueError("needs either `preset` or `path`")
-        if self.preset is not None and self.preset not in PRESETS:
-            raise ValueError(f"`preset` must be one of {sorted(PRESETS)}, got {self.preset!r}")
         if self.path is not None and self.overrides:
             raise ValueError(f"`path` brings its own config; {sorted(self.overrides)} cannot be changed")
 
@@ -47,7 +43,7 @@ class Recipe:
 
     task: str
     model: ModelSection
-    data: ImageDataConfig
+    data: ImageDataConfig | TextDataConfig
     augmentation: AugmentationConfig | None
     pruning: PruningConfig | None
     training: dict
@@ -106,8 +102,9 @@ def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
 def build_recipe(content: dict, default_output: str = "runs/run") -> Recipe:
     """A Recipe from nested dicts, as YAML reads them. Raises RecipeError."""
     _check_keys(content, SECTIONS, "")
-    if content.get("task") not in TASKS:
+    if not isinstance(content.get("task"), str) or content["task"] not in TASKS:
         raise RecipeError(f"`task` must be one of {list(TASKS)}, got {content.get('task')!r}.")
+    task = TASKS[content["task"]]
     for section in ("model", "training"):
         if not isinstance(content.get(section), dict):
             raise RecipeError(f"The recipe needs a section `{section}` with keys below it.")
@@ -123,10 +120,12 @@ def build_recipe(content: dict, default_output: str = "runs/run") -> Recipe:
     method = training.get("method", "rsst")
     if pruning is None and method != "dense":
         raise RecipeError(f"The recipe needs a section `pruning` for training.method={method}.")
+    if content.get("augmentation") is not None and not task.augments:
+        raise RecipeError(f"`augmentation` does not go with task={task.name}.")
     return Recipe(
-        task=content["task"],
-        model=_model_section(content["model"]),
-        data=_section(ImageDataConfig, content.get("data") or {}, "data"),
+        task=task.name,
+        model=_model_section(content["model"], task),
+        data=_section(task.data_config, content.get("data") or {}, "data"),
         augmentation=_section(AugmentationConfig, content.get("augmentation"), "augmentation"),
         pruning=pruning,
         training=training,
@@ -136,20 +135,22 @@ def build_recipe(content: dict, default_output: str = "runs/run") -> Recipe:
 SECTIONS = [f.name for f in dataclasses.fields(Recipe)]
 
 
-def _model_section(content: dict) -> ModelSection:
+def _model_section(content: dict, task: Task) -> ModelSection:
     # Only the configs' own fields: the many that PreTrainedConfig brings are no shapes of a model.
     fields = {
         **{k: v for k, v in _field_types(ModelSection).items() if k != "overrides"},
         **MambaRsstBaseConfig.__annotations__,
-        **MambaRsstVisionConfig.__annotations__,
+        **task.config_class.__annotations__,
     }
     _check_keys(content, fields, "model.")
     values = {k: coerce(v, fields[k], f"model.{k}") for k, v in content.items()}
     start = {k: values.pop(k) for k in ("preset", "path") if k in values}
     try:
         section = ModelSection(**start, overrides=values)
-        if section.preset:
-            MambaRsstVisionConfig.preset(section.preset, **values)
+        if section.preset is not None:
+            if section.preset not in task.presets:
+                raise ValueError(f"`preset` must be one of {sorted(task.presets)}, got {section.preset!r}")
+            task.config_class.preset(section.preset, **values)
         return section
     except ValueError as error:
         raise RecipeError(f"model: {error}") from error

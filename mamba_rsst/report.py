@@ -1,13 +1,13 @@
-"""What a person looks at: result tables, two figures, and the model card.
+"""What a person looks at: result tables and two figures.
 
 `results` is the content of results.json. Its `rows` ("dense", "cut", "recovered") hold accuracy (a fraction),
-parameters, macs (of one image), images_per_s (_low and _high: quartiles), peak_memory (bytes); a dash where missing.
+perplexity, parameters, macs (of one image or token), images_per_s or tokens_per_s (_low and _high: quartiles),
+peak_memory (bytes); a dash where missing.
 `history` is a Trainer's `log_history`, each entry with its `stage` and an `epoch` that never restarts.
 """
 
 import io
 import os
-import re
 from itertools import groupby
 from pathlib import Path
 
@@ -41,13 +41,37 @@ def human(number) -> str:
 
 
 # ---- tables ----
-COLUMNS = (  # title, key, the value as text, how it compares with the dense row's
-    ("Accuracy", "accuracy", "{:.2%}".format, lambda v, dense: f"{100 * (v - dense):+.2f}"),
-    ("Params", "parameters", human, lambda v, dense: f"{v / dense:.1%}"),
-    ("MACs / image", "macs", human, lambda v, dense: f"{v / dense:.1%}"),
-    ("Images / s", "images_per_s", lambda v: f"{v:,.{0 if v >= 100 else 1}f}", lambda v, dense: f"{v / dense:.2f}×"),
-    ("Peak memory", "peak_memory", lambda v: f"{v / 2**20:,.1f} MiB", lambda v, dense: f"{v / dense:.1%}"),
-)
+def _share(value, dense) -> str:
+    return f"{value / dense:.1%}"
+
+
+def _speed_columns(item: str, key: str, text) -> tuple:
+    return (
+        ("Params", "parameters", human, _share),
+        (f"MACs / {item}", "macs", human, _share),
+        (f"{item.title()}s / s", key, text, lambda v, dense: f"{v / dense:.2f}×"),
+        ("Peak memory", "peak_memory", lambda v: f"{v / 2**20:,.1f} MiB", _share),
+    )
+
+
+ACCURACY = ("Accuracy", "accuracy", "{:.2%}".format, lambda v, dense: f"{100 * (v - dense):+.2f}")
+PERPLEXITY = ("Perplexity", "perplexity", lambda v: f"{v:,.2f}", lambda v, dense: f"{v / dense - 1:+.1%}")
+COLUMNS = {  # task -> its columns: title, key, the value as text, how it compares with the dense row's
+    "image-classification": (
+        ACCURACY,
+        *_speed_columns("image", "images_per_s", lambda v: f"{v:,.{0 if v >= 100 else 1}f}"),
+    ),
+    "causal-lm": (PERPLEXITY, *_speed_columns("token", "tokens_per_s", human)),
+}
+
+
+def columns_of(results: dict) -> tuple:
+    """The columns of a run's table; a run without a `task` is one of images. A language model whose answers were
+    counted, as those of generated tasks are, is judged by them."""
+    first, *others = COLUMNS[results.get("task", "image-classification")]
+    if first is PERPLEXITY and any("accuracy" in row for row in results["rows"]):
+        first = ACCURACY
+    return (first, *others)
 
 
 def results_table(results: dict):
@@ -58,8 +82,8 @@ def results_table(results: dict):
     title = " ".join(str(results[key]) for key in ("model", "dataset", "method") if results.get(key))
     table = Table(title=title, caption=_notes(results), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("Model", no_wrap=True)
-    for title, key, *_ in COLUMNS:
-        table.add_column(title, justify="right", no_wrap=key == "images_per_s")  # on a narrow screen the others wrap
+    for title, key, *_ in columns_of(results):
+        table.add_column(title, justify="right", no_wrap=key.endswith("_per_s"))  # on a narrow screen the others wrap
     for row in results["rows"]:
         table.add_row(*_cells(row, results))
     return table
@@ -73,7 +97,8 @@ def print_results(results: dict, console=None):
 
 def results_markdown(results: dict) -> str:
     """The same table in Markdown, without its title."""
-    lines = [["Model", *(column[0] for column in COLUMNS)], [":--", *["--:"] * len(COLUMNS)]]
+    columns = columns_of(results)
+    lines = [["Model", *(column[0] for column in columns)], [":--", *["--:"] * len(columns)]]
     lines += [_cells(row, results) for row in results["rows"]]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\n" + _notes(results)
 
@@ -82,7 +107,7 @@ def _cells(row, results) -> list[str]:
     """The row's name and values, each with (compared with dense, quartiles) as far as they are known."""
     dense = next((other for other in results["rows"] if other["name"] == "dense"), {})
     cells = [row["name"]]
-    for _, key, text, compared in COLUMNS:
+    for _, key, text, compared in columns_of(results):
         value, base, more = row.get(key), dense.get(key), []
         if value is None:
             cells.append("n/a" if key in row else MISSING)  # could not be measured; was not
@@ -97,11 +122,17 @@ def _cells(row, results) -> list[str]:
 
 def _notes(results) -> str:
     batch, device = results.get("batch_size", MISSING), results.get("device", MISSING)
-    return (
-        "In brackets: against dense (accuracy in points). "
-        f"Images / s: median and quartiles, batch {batch}, on {device}. "
-        "Peak memory: the weights, and the peak of one inference forward on top."
-    )
+    accuracy = columns_of(results)[0] is ACCURACY
+    notes = ["In brackets: against dense" + " (accuracy in points)" * accuracy + "."]
+    if results.get("task") == "causal-lm":
+        length = results.get("seq_len", MISSING)
+        quality = "Accuracy: of the answers" if accuracy else "Perplexity: exp of the mean loss a token"
+        notes.append(f"{quality}, on sequences held out.")
+        notes.append(f"Tokens / s: prefill, median and quartiles, batch {batch} of {length} tokens, on {device}.")
+    else:
+        notes.append(f"Images / s: median and quartiles, batch {batch}, on {device}.")
+    notes.append("Peak memory: the weights, and the peak of one inference forward on top.")
+    return " ".join(notes)
 
 
 def speed_table(results: dict, device: dict):
@@ -281,19 +312,25 @@ def plot_widths(widths: dict, path) -> Path:
 
 
 def plot_training(history: list[dict], path) -> Path:
-    """PNG over cumulative epochs, the stages shaded: loss and accuracy; below, lambda and the leaving channels' share.
+    """PNG over cumulative epochs, the stages shaded: loss and quality; below, lambda and the leaving channels' share.
+
+    Quality is the accuracy, or where there is none the perplexity.
 
     What the history lacks is left out, and with it the lower panel (a baseline has no lambda).
     """
     history = [entry for entry in history if "epoch" in entry]
-    series = {key: _series(history, key) for key in ("loss", "eval_accuracy", "lambda", "leaving_share")}
+    keys = ("loss", "eval_accuracy", "eval_perplexity", "lambda", "leaving_share")
+    series = {key: _series(history, key) for key in keys}
+    quality = ("eval_accuracy", "eval accuracy (%)", ORANGE, "o--")
+    if not series["eval_accuracy"][0]:
+        quality = ("eval_perplexity", "eval perplexity", ORANGE, "o--")
     plan = [
-        [("loss", "train loss", BLUE, ".-"), ("eval_accuracy", "eval accuracy (%)", ORANGE, "o--")],
+        [("loss", "train loss", BLUE, ".-"), quality],
         [("lambda", "penalty λ", GREEN, ".-"), ("leaving_share", "leaving channels' share", PURPLE, "o--")],
     ]
     plan = [lines for lines in ([line for line in panel if series[line[0]][0]] for panel in plan) if lines]
     if not plan:
-        raise ValueError("The history holds neither loss nor accuracy nor penalty: there is nothing to plot.")
+        raise ValueError("The history holds neither loss nor quality nor penalty: there is nothing to plot.")
 
     figure, panels = _figure(10, 4.2 if len(plan) == 1 else 6.6, len(plan), height_ratios=[3, 2][: len(plan)])
     for panel, lines in zip(panels, plan, strict=True):
@@ -304,7 +341,11 @@ def plot_training(history: list[dict], path) -> Path:
             axis.plot(epochs, values, style, color=colour, markersize=4 if len(epochs) <= 100 else 0, clip_on=False)
             axis.set_ylabel(label, color=colour, fontsize=11)
             positive = [value for value in values if value > 0]  # nan, which breaks the line, is not
-            if key in ("lambda", "leaving_share") and positive and max(positive) > 10 * min(positive):
+            if (
+                key in ("eval_perplexity", "lambda", "leaving_share")
+                and positive
+                and max(positive) > 10 * min(positive)
+            ):
                 axis.set_yscale("log", nonpositive="mask")
             axis.tick_params(axis="y", which="both", colors=colour, labelsize=10)
     _shade_stages(history, panels, inches=8)
@@ -363,111 +404,3 @@ def _figure(width, height, rows, **options):
 def _save(figure, path) -> Path:
     figure.savefig(png := io.BytesIO(), format="png")
     return write_atomic(path, png.getvalue())
-
-
-# ---- model card ----
-METHODS = {
-    "rsst": """The network was trained, its channels were scored, and the lowest were decayed away under a growing
-penalty while the rest learned to do without them; then cut out (regularised structured sparsity training, RSST).""",
-    "refill": """The network was trained, an unstructured magnitude mask told how many channels each layer needs, the
-best ones were kept whole and the others were cut out (refill, Chen et al. 2022).""",
-}
-TARGETS = {"d_inner": "channels of the state-space layers", "intermediate_size": "neurons of the MLPs"}
-NOT_PRUNED = "It is not pruned: the baseline that pruned models are compared with."
-PRUNED = """It was made smaller by *structured pruning*: whole channels were taken out of its layers. The tensors
-really are smaller, so it needs less memory and arithmetic on any hardware, without sparse kernels."""
-
-
-def model_card(
-    results: dict, recipe_yaml: str, *, base_model=None, library_name="transformers", repo_hint="your-name/your-model"
-) -> str:
-    """README.md for the model of the last row. Every number in it comes from `results` or the recipe.
-
-    `base_model` and the dataset enter the front matter only if they can be hub ids; a path shows its last part alone.
-    The figures are figures/widths.png if `results` has widths, and figures/training.png unless its `trained` is False.
-    """
-    from huggingface_hub import EvalResult, ModelCard, ModelCardData
-
-    row, hub_dataset, dataset = results["rows"][-1], _hub_id(results["dataset"]), Path(results["dataset"]).name
-    measured = {"dataset_type": hub_dataset or dataset, "dataset_name": dataset, "task_type": "image-classification"}
-    measured |= {"metric_type": "accuracy", "metric_value": row.get("accuracy")}
-    front = ModelCardData(
-        library_name=library_name,
-        pipeline_tag="image-classification",
-        tags=["mamba", "vision", *["pruning"] * (row["name"] != "dense"), "mamba_rsst"],
-        datasets=hub_dataset,
-        base_model=_hub_id(base_model),
-        metrics=["accuracy"],
-        model_name=repo_hint.split("/")[-1],
-        eval_results=[EvalResult(**measured)] if row.get("accuracy") is not None else None,
-    )
-    text = _card_text(results, recipe_yaml.strip("\n"), dataset, repo_hint)
-    return str(ModelCard(f"---\n{front.to_yaml()}\n---\n\n{text}"))  # raises if the hub could not read it
-
-
-def _card_text(results, recipe, dataset, repo) -> str:
-    last = results["rows"][-1]["name"]
-    figures = "![Channels kept in each layer](figures/widths.png)\n\n" if results.get("widths") else ""
-    figures += "![Loss, accuracy and penalty](figures/training.png)" if results.get("trained", True) else ""
-    done = [METHODS.get(results.get("method"), f"Method: {results.get('method', MISSING)}.")]
-    done[0] += "\nThe smaller network was then trained on to recover.\n" if last == "recovered" else "\n"
-    for target, removed in results.get("channel_sparsity", {}).items():
-        done.append(f"- {TARGETS.get(target, 'channels')} (`{target}`): {removed:.1%} removed")
-    done += [f"- parameters: {results['param_reduction']:.1%} fewer"] if "param_reduction" in results else []
-    done = "\n".join(done) if last != "dense" else "Ordinary training; no channel was removed."
-    minutes = f"{results['seconds'] / 60:.1f}" if "seconds" in results else MISSING
-    versions = ", ".join(" ".join(map(str, item)) for item in results.get("versions", {}).items())
-    return f"""# {repo.split("/")[-1]}
-
-A Mamba image classifier (a state-space model in place of attention) for {dataset}.
-{NOT_PRUNED if last == "dense" else PRUNED}
-
-{results_markdown(results)}
-
-{figures}
-
-## How to use it
-
-```python
-from transformers import AutoModelForImageClassification, pipeline
-
-# without the package: runs the model code kept in this repository
-classify = pipeline("image-classification", model="{repo}", trust_remote_code=True)
-print(classify("image.png"))
-
-# with it: importing the package registers the architecture, so no remote code has to be trusted
-import mamba_rsst
-
-model = AutoModelForImageClassification.from_pretrained("{repo}")
-```
-
-## How it was made
-
-{done}
-
-Seed {results.get("seed", MISSING)}, {minutes} minutes, with {versions or MISSING}.
-
-<details><summary>The recipe</summary>
-
-````yaml
-{recipe}
-````
-
-</details>
-
-## Limitations
-
-- Accuracy is of one run with one seed, measured on {dataset} alone; by class it was not measured.
-- Speed and memory hold for the device and batch size named; elsewhere the ratios differ.
-
-## Citation
-
-Mamba [arXiv:2312.00752](https://arxiv.org/abs/2312.00752), Vision Mamba [2401.09417](https://arxiv.org/abs/2401.09417),
-structured lottery tickets (Chen et al. 2022) [2202.04736](https://arxiv.org/abs/2202.04736).
-"""
-
-
-def _hub_id(name) -> str | None:
-    """The name if it can be on the hub; None for nothing, for a path, and for the digits that scikit-learn brings."""
-    known = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(name or "")) and not os.path.exists(name)
-    return str(name) if known and name != "digits" else None

@@ -25,6 +25,8 @@ FLOORS = {
     "calibration": set(),
     "latency": {"pruning", "evaluation", "speed"},
     "report": {"models", "pruning", "supernet", "training"},
+    "card": {"report"},
+    "tasks": {"models", "pruning", "supernet", "training", "hub", "convert", "evaluation", "speed"},
 }
 TOP = ("recipe", "run", "cli", "__init__", "__main__")
 # What else the ground floor may need. Some of it is optional there: its import stands in a `try`.

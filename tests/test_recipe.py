@@ -183,7 +183,7 @@ def test_a_key_like_no_other_gets_the_choices():
 @pytest.mark.parametrize(
     "sections, message",
     [
-        (dict(task=None), r"`task` must be one of \['image-classification'\], got None"),
+        (dict(task=None), r"`task` must be one of \['image-classification', 'causal-lm'\], got None"),
         (dict(task="detection"), "`task` must be one of .*'detection'"),
         (dict(model=None), "needs a section `model`"),
         (dict(training=None), "needs a section `training`"),

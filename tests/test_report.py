@@ -10,9 +10,9 @@ from PIL import Image
 from rich.console import Console
 
 from mamba_rsst import evaluation, report, speed
+from mamba_rsst.card import model_card
 from mamba_rsst.report import (
     human,
-    model_card,
     plot_training,
     plot_widths,
     print_results,

@@ -132,12 +132,32 @@ class MambaRsstConfig(MambaRsstBaseConfig):
         return ["linear_attention"] * self.num_hidden_layers
 
     @classmethod
+    def preset(cls, name: str, **overrides) -> "MambaRsstConfig":
+        """The named shape, with any field overridden. Raises ValueError for an unknown name."""
+        if name not in LM_PRESETS:
+            raise ValueError(f"Unknown preset {name!r}; choose from {sorted(LM_PRESETS)}.")
+        return cls(**{**LM_PRESETS[name], **overrides})
+
+    @classmethod
     def get_config_dict(cls, *args, **kwargs):
         content, kwargs = super().get_config_dict(*args, **kwargs)
         if content.get("model_type") in TRANSFORMERS_TYPES:
             content = config_from_transformers(content).to_dict()
         return content, kwargs
 
+
+# Two for tests and quick runs, one of 30 million parameters with the 50,280 tokens of the public checkpoints, and the
+# shapes of those (Gu & Dao 2023, appendix E.2; a block of Mamba's is half a Transformer layer, hence twice as many).
+LM_PRESETS = {
+    "mamba_nano": {"hidden_size": 32, "num_hidden_layers": 2, "d_state": 8},
+    "mamba_micro": {"hidden_size": 128, "num_hidden_layers": 4},
+    "mamba_30m": {"hidden_size": 384, "num_hidden_layers": 12},
+    "mamba_130m": {"hidden_size": 768, "num_hidden_layers": 24},
+    "mamba_370m": {"hidden_size": 1024, "num_hidden_layers": 48},
+    "mamba_790m": {"hidden_size": 1536, "num_hidden_layers": 48},
+    "mamba_1.4b": {"hidden_size": 2048, "num_hidden_layers": 48},
+    "mamba_2.8b": {"hidden_size": 2560, "num_hidden_layers": 64},
+}
 
 TRANSFORMERS_TYPES = ("mamba", "falcon_mamba")
 """The model types whose configs `config_from_transformers` reads."""
@@ -201,4 +221,11 @@ def config_to_transformers(config: MambaRsstConfig) -> dict:
     return {"model_type": "falcon_mamba", **fields, "mixer_rms_eps": float(config.mixer_rms_eps)}
 
 
-__all__ = ["WIDTHS", "MambaRsstBaseConfig", "MambaRsstConfig", "config_from_transformers", "config_to_transformers"]
+__all__ = [
+    "LM_PRESETS",
+    "WIDTHS",
+    "MambaRsstBaseConfig",
+    "MambaRsstConfig",
+    "config_from_transformers",
+    "config_to_transformers",
+]

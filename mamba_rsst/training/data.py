@@ -96,6 +96,10 @@ class ImageTensors(Dataset):
     def set_epoch(self, epoch):
         self.epoch = epoch
 
+    def first(self, count: int) -> list[int]:
+        """Items for the collator."""
+        return list(range(min(count, len(self))))
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageData:

@@ -1,14 +1,12 @@
 """Where images come from: scikit-learn's digits, local folders, the hub."""
 
-import logging
-import os
-import re
 import warnings
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from .sources import looks_local, quiet, reason_of, split_of
 
 
 IMAGE_COLUMNS = ("img", "image", "images", "pixel_values", "picture")
@@ -42,11 +40,10 @@ def load_splits(config):
 
     import datasets
 
-    local = config.path.startswith((".", "/", "~")) or config.path.count(os.sep) >= 2
     if folder.is_dir():
-        with _quiet():
+        with quiet():
             loaded = _load_folder(folder, config)
-    elif local or folder.exists():
+    elif looks_local(config.path) or folder.exists():
         raise FileNotFoundError(f"`data.path`: {config.path!r} is not an existing folder.")
     else:
         try:
@@ -57,7 +54,7 @@ def load_splits(config):
                 "`data.path=` takes a local folder too."
             ) from error
         except Exception as error:
-            raise ValueError(f"Cannot load {config.path!r} from the hub: {_reason(error)}") from error
+            raise ValueError(f"Cannot load {config.path!r} from the hub: {reason_of(error)}") from error
     result = {}
     for split, rows in loaded.items():
         if split not in (config.train_split, config.eval_split):
@@ -80,8 +77,7 @@ def _load_folder(folder, config):
 
     splits = {}
     for file in sorted(folder.rglob("*.parquet")):
-        split = re.sub(r"(^|[-_.])\d+([-_.]of[-_.]\d+([-_.]\w+)?)?$", "", file.stem) or file.parent.name
-        splits.setdefault(split, []).append(str(file))
+        splits.setdefault(split_of(file), []).append(str(file))
     kind, options = "parquet", {}
     if not splits:
         extensions = Image.registered_extensions()
@@ -101,30 +97,8 @@ def _load_folder(folder, config):
                 raise ValueError(f"split {split!r} is empty")  # load_dataset has no word for it
             splits[split] = datasets.load_dataset(kind, data_files={split: files}, **options)[split]
         except Exception as error:
-            raise ValueError(f"Cannot read the {kind} data in {str(folder)!r}: {_reason(error)}.") from error
+            raise ValueError(f"Cannot read the {kind} data in {str(folder)!r}: {reason_of(error)}.") from error
     return splits
-
-
-def _reason(error):
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return " ".join(str(error).split())
-
-
-@contextmanager
-def _quiet():
-    """No progress bars or information from `datasets` inside."""
-    import datasets
-
-    bars, verbosity = not datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(verbosity)
-        if bars:
-            datasets.enable_progress_bars()
 
 
 def _find_column(features, what, chosen, names, kind):

@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from itertools import islice
 
 import torch
-import torch.nn.functional as F
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import upload_folder
 from transformers import Trainer, TrainerCallback, get_scheduler, set_seed
@@ -25,6 +24,7 @@ from ..pruning.schedules import schedule_value
 from .arguments import RSSTConfig
 from .compiling import compile_blocks_
 from .data import EpochSampler
+from .distillation import soft_target_loss
 from .graphed_step import GraphedStep, capture
 from .rounds import (
     NOT_UPLOADED,
@@ -169,8 +169,9 @@ class RSSTTrainer(Trainer):
             chosen = self._select(stage, folder / "masks.safetensors")
             self._masks = {name: mask.to(self.args.device) for name, mask in chosen.items()}  # read in every step
             self._leaving_groups = [g for g in self._groups() if g.name in self._masks]
-        if hasattr(self.data_collator, "seed"):  # another augmentation in every stage, the same in every resumption
-            self.data_collator.seed = self.args.seed + 7919 * index
+        for part in (self.data_collator, self.train_dataset):  # augmentation; a stream's order
+            if hasattr(part, "seed"):  # others in every stage, the same in every resumption
+                part.seed = self.args.seed + 7919 * index
         self.args.output_dir = str(folder)
         self.args.num_train_epochs = stage.epochs
         self.args.learning_rate = stage.learning_rate
@@ -351,23 +352,24 @@ class RSSTTrainer(Trainer):
             share = 1.0 / self.current_gradient_accumulation_steps if whole else 1.0
             if self.teacher is not None:
                 weight = self.args.distillation_weight
-                loss = (1.0 - weight) * loss + weight * share * self._distillation(inputs, labels, outputs)
+                soft = self._distillation(inputs, labels, outputs, num_items_in_batch if whole else None)
+                loss = (1.0 - weight) * loss + weight * soft
             if self._decaying("group_lasso"):
                 penalty = group_lasso(self._leaving_groups, self._masks, self.args.penalty_scope)
                 loss = loss + share * self._penalty_weight * penalty
         return (loss, outputs) if return_outputs else loss
 
-    def _distillation(self, inputs, labels, outputs):
-        """T^2 KL(teacher || student) on softened logits (Hinton et al. 2015, arXiv:1503.02531)."""
+    def _distillation(self, inputs, labels, outputs, items):
+        """The soft targets' loss, scaled as the task's: a mean, or a sum over `items` of all micro-batches."""
         with torch.no_grad(), self.accelerator.autocast():
             teacher = self.teacher(**{k: v for k, v in inputs.items() if k != "labels"}).logits
         student = outputs["logits"] if isinstance(outputs, dict) else outputs[1]
-        t = self.args.distillation_temperature
-        student, teacher = (F.log_softmax(x.float().flatten(0, -2) / t, dim=-1) for x in (student, teacher))
-        divergence = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
-        if labels is not None and not labels.is_floating_point() and labels.numel() == divergence.numel():
-            divergence = divergence[labels.flatten() != -100]
-        return t * t * divergence.mean()
+        if torch.is_tensor(items):
+            items = items.flatten()[0]  # DataParallel gives each replica one
+        loss = soft_target_loss(student, teacher, labels, self.args.distillation_temperature, items)
+        if items is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # `items` are those of all processes, which are averaged over
+        return loss
 
     def _load_teacher(self, stage: Stage) -> None:
         wanted = self.args.distillation_weight > 0 and stage.round > 0 and stage.epochs > 0
@@ -376,6 +378,7 @@ class RSSTTrainer(Trainer):
         elif self.teacher is None:
             dense = self.run_folder.model(1, self.stages)
             self.teacher = type(self.model).from_pretrained(dense).eval().requires_grad_(False).to(self.args.device)
+            self.teacher.config.use_cache = False  # a language model would build one for nothing
 
     def _decaying(self, penalty: str) -> bool:
         return self._stage is not None and self._stage.decay and self.args.penalty == penalty
@@ -545,9 +548,9 @@ class _StageCallback(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         # Said here too because accelerate does not reach a sampler that is wrapped twice (processes, skipped batches).
-        sampler = getattr(self.trainer, "_train_sampler", None)
-        if sampler is not None:
-            sampler.set_epoch(int(state.epoch or 0))
+        order = getattr(self.trainer, "_train_sampler", None) or self.trainer.train_dataset  # or a stream's own
+        if hasattr(order, "set_epoch"):
+            order.set_epoch(int(state.epoch or 0))
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         self.trainer._decay_step()

@@ -54,6 +54,31 @@ def test_accelerate_launch_gives_the_result_of_one_process(tmp_path):
     assert output.count("Saved to") == 1  # one process speaks
 
 
+@pytest.mark.parametrize("streaming", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_language_model_in_two_processes(tmp_path, streaming):
+    """Its loss is divided by the tokens of both, of which each has its own."""
+    import tiny_text
+
+    folder, one, two = tiny_text.write_parquet(tmp_path / "text"), tmp_path / "one", tmp_path / "two"
+    training = dict(distillation_weight=0.3, weight_decay=0.05, learning_rate=2e-3, gradient_accumulation_steps=2)
+    recipe = tiny_text.write_recipe(
+        tmp_path / "tiny.yaml", folder, training=training, data=dict(streaming=streaming, shuffle_buffer=20)
+    )
+    launch = [*LAUNCH, "-m", "mamba_rsst", "train", str(recipe), f"training.output_dir={two}"]
+    launch += ["training.per_device_train_batch_size=8"]
+    process = subprocess.Popen(launch, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert main(["train", str(recipe), f"training.output_dir={one}"]) == 0
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output[-3000:]
+    logs = [[json.loads(line) for line in (f / "training_log.jsonl").read_text().splitlines()] for f in (one, two)]
+    losses = [[entry["loss"] for entry in log if "loss" in entry] for log in logs]
+    assert len(losses[0]) == 6 and losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert_same_state(load_file(two / "model.safetensors"), load_file(one / "model.safetensors"), **CLOSE)
+    results = [json.loads((folder / "results.json").read_text()) for folder in (one, two)]
+    perplexities = [[row["perplexity"] for row in r["rows"]] for r in results]
+    assert perplexities[1] == pytest.approx(perplexities[0], rel=1e-4)
+
+
 class Killed(BaseException):
     pass
 

@@ -1,0 +1,78 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mamba_rsst.training import distillation
+from mamba_rsst.training.distillation import soft_target_loss
+
+
+def reference(student, teacher, temperature):
+    """Of one prediction, (K,) logits each, in double."""
+    p, q = (torch.softmax(x.double() / temperature, -1) for x in (teacher, student))
+    return temperature**2 * (p * (p.log() - q.log())).sum()
+
+
+def draw(*shape, dtype=torch.float32):
+    torch.manual_seed(0)
+    student, teacher = (3 * torch.randn(2, *shape)).to(dtype).unbind(0)
+    return student.clone().requires_grad_(), teacher
+
+
+@pytest.mark.parametrize("chunk", [1, 20, 2**22])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("labels", ["none", "classes", "soft"])
+def test_images(monkeypatch, chunk, temperature, labels):
+    monkeypatch.setattr(distillation, "CHUNK", chunk)
+    student, teacher = draw(5, 7)
+    labels = {"none": None, "classes": torch.tensor([1, 2, -100, 0, 6]), "soft": torch.rand(5, 7)}[labels]
+    rows = [0, 1, 3, 4] if labels is not None and labels.dim() == 1 else range(5)
+    expected = sum(reference(student[i], teacher[i], temperature) for i in rows) / len(rows)
+    loss = soft_target_loss(student, teacher, labels, temperature)
+    torch.testing.assert_close(loss, expected.float())
+    torch.testing.assert_close(
+        torch.autograd.grad(3 * loss, student)[0], torch.autograd.grad(3 * expected, student)[0], rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("items", [None, 11, torch.tensor(11)])
+@pytest.mark.parametrize("labels", ["none", "some"])
+def test_a_language_models_predictions_are_aligned_with_the_next_label(items, labels):
+    """An earlier version took the mask of the token that is read for that of the token that is predicted."""
+    student, teacher = draw(2, 6, 9)
+    labels = None if labels == "none" else torch.tensor([[4, -100, 1, 2, -100, 3], [-100, -100, -100, -100, 8, 0]])
+    places = [(0, 1), (0, 2), (0, 4), (1, 3), (1, 4)]  # predict the labels at 2, 3, 5 and 4, 5; none predicts label 0
+    if labels is None:
+        places = [(b, t) for b in range(2) for t in range(5)]
+    expected = sum(reference(student[b, t], teacher[b, t], 2.0) for b, t in places) / (items or len(places))
+    loss = soft_target_loss(student, teacher, labels, 2.0, items)
+    torch.testing.assert_close(loss, expected.float())
+    (gradient,) = torch.autograd.grad(loss, student)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, student)[0], rtol=1e-5, atol=1e-6)
+    assert {tuple(i.tolist()) for i in gradient.abs().sum(-1).nonzero()} == set(places)
+
+
+def test_the_mask_is_that_of_the_models_own_loss():
+    """A teacher that is sure of the labels makes of the soft targets the model's own loss."""
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    student, _ = draw(3, 8, 5)
+    labels = torch.randint(5, (3, 8)).masked_fill(torch.rand(3, 8) < 0.4, -100)
+    sure = 200.0 * F.one_hot(labels.roll(-1, 1).clamp(min=0), 5).float()  # position t is sure of label t + 1
+    torch.testing.assert_close(
+        soft_target_loss(student, sure, labels, 1.0), ForCausalLMLoss(student, labels, vocab_size=5)
+    )
+
+
+def test_bf16_logits_get_a_bf16_gradient():
+    student, teacher = draw(4, 7, dtype=torch.bfloat16)
+    expected = sum(reference(student[i], teacher[i], 2.0) for i in range(4)) / 4
+    loss = soft_target_loss(student, teacher, None, 2.0)
+    torch.testing.assert_close(loss, expected.float())
+    loss.backward()
+    assert student.grad.dtype == torch.bfloat16
+
+
+def test_nothing_to_predict_is_nothing_to_learn():
+    student, teacher = draw(2, 3, 4)
+    loss = soft_target_loss(student, teacher, torch.full((2, 3), -100), 2.0)
+    assert loss.item() == 0 and not torch.autograd.grad(loss, student)[0].any()
