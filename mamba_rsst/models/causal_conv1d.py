@@ -1,10 +1,11 @@
 """The mixer's causal depthwise convolution with its SiLU: one entry, in plain torch and as fused Triton kernels.
 
-torch.compile makes of the plain form about nine small kernels a direction that are bound by index arithmetic; on the
-H200 the two kernels below take an eighth of their time, forward and backward together (benchmarks/bench_conv_gpu.py).
+torch.compile makes of the plain form about nine small kernels a direction that are bound by index arithmetic; on an
+H200 the kernels below take half the time forward and a quarter backward (benchmarks/bench_conv_gpu.py).
 """
 
 # Legend: G directions, B batch, L length, E d_inner, K taps; a row is one step of one sequence
+import math
 import os
 import re
 from contextlib import nullcontext
@@ -266,3 +267,15 @@ def _backward(ctx, du):
 
 
 _conv_silu.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _register_flops():
+    """Tell torch.utils.flop_counter what a convolution costs: a multiply-accumulate a tap, output channel and step."""
+    from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+    op = getattr(torch.ops, _NAMESPACE).causal_conv1d_silu
+    if op not in flop_registry:
+        register_flop_formula(op)(lambda x, taps, *args, **kwargs: 2 * math.prod(x) * taps[0] * taps[1])
+
+
+_register_flops()

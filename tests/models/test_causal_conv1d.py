@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 
 SOURCE = Path(__file__).parents[2] / "mamba_rsst" / "models" / "causal_conv1d.py"
@@ -135,6 +136,16 @@ def test_the_plain_form_for_accelerators(length, backwards):
     for b in (bias, None):
         out = torch.Tensor(_convolve(_Elsewhere(x), taps, b, backwards))
         torch.testing.assert_close(out, _convolve(x, taps, b, backwards))
+
+
+def test_flops_are_those_of_the_plain_form(monkeypatch):
+    from mamba_rsst.models import causal_conv1d
+
+    x, taps = torch.randn(2, 9, 5), torch.randn(2, 4, 5)
+    with FlopCounterMode(display=False) as plain:
+        causal_conv1d.causal_conv1d_silu(x, taps, None, (False, True))
+    formula = flop_registry[torch.ops.mamba_rsst.causal_conv1d_silu]
+    assert formula(x, taps, None, 2, out_val=x) == plain.get_total_flops() == 2 * 2 * 2 * 9 * 5 * 4
 
 
 @pytest.mark.gpu
