@@ -80,10 +80,13 @@ def results_table(results: dict):
     from rich.table import Table
 
     title = " ".join(str(results[key]) for key in ("model", "dataset", "method") if results.get(key))
-    table = Table(title=title, caption=_notes(results), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=title, caption=_notes(results), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("Model", no_wrap=True)
     for title, key, *_ in columns_of(results):
-        table.add_column(title, justify="right", no_wrap=key.endswith("_per_s"))  # on a narrow screen the others wrap
+        longest = max(map(len, title.split()))
+        table.add_column(
+            title, justify="right", min_width=longest, no_wrap=key.endswith("_per_s")
+        )  # on a narrow screen the others wrap
     for row in results["rows"]:
         table.add_row(*_cells(row, results))
     return table
