@@ -80,10 +80,12 @@ def results_table(results: dict):
     from rich.table import Table
 
     title = " ".join(str(results[key]) for key in ("model", "dataset", "method") if results.get(key))
-    table = Table(title=title, caption=_notes(results), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=title, caption=_notes(results), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("Model", no_wrap=True)
     for title, key, *_ in columns_of(results):
-        table.add_column(title, justify="right", no_wrap=key.endswith("_per_s"))  # on a narrow screen the others wrap
+        least = len(title) if key in ("accuracy", "perplexity") else None  # one word, which would be cut off
+        # On a narrow screen the others wrap.
+        table.add_column(title, justify="right", min_width=least, no_wrap=key.endswith("_per_s"))
     for row in results["rows"]:
         table.add_row(*_cells(row, results))
     return table

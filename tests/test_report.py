@@ -90,6 +90,24 @@ def test_results_in_markdown():
     assert "batch 64, on cpu" in lines[-1]
 
 
+@pytest.mark.parametrize("width", [80, 140])
+def test_results_of_a_language_model(width):
+    dense = {"name": "dense", "perplexity": 20.0, "parameters": 2_000_000, "macs": 4_000_000}
+    dense |= {"tokens_per_s": 123456.0, "tokens_per_s_low": 101234.0, "tokens_per_s_high": 134567.0}
+    cut = {**dense, "name": "cut", "perplexity": 25.5, "tokens_per_s": 246912.0, "peak_memory": 3 * 2**20}
+    record = results(dense, cut, task="causal-lm", seq_len=256)
+    lines = results_markdown(record).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:4]]
+    assert cells[0] == ["Model", "Perplexity", "Params", "MACs / token", "Tokens / s", "Peak memory"]
+    assert cells[2] == ["dense", "20.00", "2M", "4M", "123k (101k–135k)", "–"]
+    assert cells[3][1] == "25.50 (+27.5%)" and cells[3][4] == "247k (2.00×, 101k–135k)"
+    assert "batch 64 of 256 tokens" in lines[-1] and "held out" in lines[-1] and "points" not in lines[-1]
+    text = rendered(results_table(record), width)
+    assert "Perplexity" in text and "247k (2.00×, 101k–135k)" in text and "…" not in text
+    answers = results({**dense, "accuracy": 0.975}, task="causal-lm")
+    assert "97.50%" in results_markdown(answers) and "Perplexity" not in results_markdown(answers)
+
+
 def test_results_without_a_dense_row_are_not_compared():
     assert "| cut | 81.25% | 500k | 120M | 2,500 (2,400–2,600) | n/a |" in results_markdown(results(CUT))
 
