@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from tiny import batch_of, make, random_masks
+from tiny import batch_of, layer_groups, make, random_masks
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 
 import mamba_rsst
-from mamba_rsst import cli, evaluate_lm, find_groups, lm_evaluation, report, shrink_
+from mamba_rsst import cli, evaluate_lm, lm_evaluation, report, shrink_
 from mamba_rsst.evaluation import count_parameters
 
 
@@ -72,7 +72,7 @@ def data(tmp_path, monkeypatch):
 def saved(tmp_path, tokenizer):
     """(model, folder) of a model cut to other widths in every layer, its tokenizer beside it."""
     model = make("lm_mlp", num_hidden_layers=3)
-    shrink_(model, random_masks(find_groups(model), seed=4))
+    shrink_(model, random_masks(layer_groups(model), seed=4))
     assert isinstance(model.config.d_inner, list)
     model.save_pretrained(tmp_path / "cut")
     tokenizer.save_pretrained(tmp_path / "cut")

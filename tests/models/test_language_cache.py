@@ -3,10 +3,10 @@
 import pytest
 import torch
 import transformers
-from tiny import LANGUAGE, batch_of, make, mixers, random_masks
+from tiny import LANGUAGE, batch_of, layer_groups, make, mixers, random_masks
 from transformers import CompileConfig, DynamicCache, StaticCache
 
-from mamba_rsst import MambaForCausalLM, find_groups, shrink_
+from mamba_rsst import MambaForCausalLM, shrink_
 
 
 CLOSE = dict(atol=1e-5, rtol=1e-5)
@@ -141,7 +141,7 @@ def test_generation_equals_transformers(pair, options, padded):
 def test_a_cut_model_generates_with_its_own_states(kind):
     """Every layer's states have that layer's widths; with the cache or without, the same tokens."""
     model = make(kind, num_hidden_layers=3)
-    shrink_(model, random_masks(find_groups(model), seed=4))
+    shrink_(model, random_masks(layer_groups(model), seed=4))
     assert len({mixer.d_inner for mixer in mixers(model)}) == 3
     ids = tokens()
     cache = model(ids).cache_params

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import batch_of, logits_of, make, random_masks
+from tiny import batch_of, layer_groups, logits_of, make, random_masks
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files, get_relative_imports
 
 import mamba_rsst
-from mamba_rsst import find_groups, shrink_
+from mamba_rsst import shrink_
 from mamba_rsst.models import modeling_mamba_rsst_vision
 
 
@@ -99,7 +99,7 @@ def saved(tmp_path_factory):
     """A model cut to another width in every layer, its folder, and inputs."""
     folder = tmp_path_factory.mktemp("saved")
     model = make("v2", num_hidden_layers=3)
-    shrink_(model, random_masks(find_groups(model), seed=4))
+    shrink_(model, random_masks(layer_groups(model), seed=4))
     assert all(isinstance(getattr(model.config, name), list) for name in ("d_inner", "intermediate_size", "dt_rank"))
     model.save_pretrained(folder)
     return model, folder
@@ -137,7 +137,7 @@ def test_without_the_package(saved, tmp_path, monkeypatch):
 def test_a_language_model_without_the_package(tmp_path, monkeypatch):
     monkeypatch.delenv("PYTHONPATH", raising=False)
     model = make("lm_norms", intermediate_size=33)
-    shrink_(model, random_masks(find_groups(model), seed=4))
+    shrink_(model, random_masks(layer_groups(model), seed=4))
     model.save_pretrained(tmp_path / "saved")
     assert {"mamba_block.py", "mamba_mixer.py"} <= {path.name for path in (tmp_path / "saved").glob("*.py")}
     ids = batch_of(model)["input_ids"]
