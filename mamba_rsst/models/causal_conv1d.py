@@ -39,6 +39,8 @@ def causal_conv1d_silu(
     Source: Gu & Dao 2023, arXiv:2312.00752, fig. 3; the reversed direction is Vim's (arXiv:2401.09417, alg. 1).
     """
     if past is not None:
+        if any(reverse):
+            raise ValueError("`past` belongs to the forward direction; a reversed one begins at the other end.")
         before = taps.shape[1] - 1
         x = torch.cat([past[..., past.shape[-1] - before :].transpose(1, 2).to(x.dtype), x], dim=1)
         return causal_conv1d_silu(x, taps, bias, reverse)[:, :, before:]
@@ -191,9 +193,11 @@ def _input_kernel(
 # ---- the op ---------------------------------------------------------------------------------------------------------
 def _in_rows(x):
     """x with evenly spaced rows of contiguous channels, as a half of in_proj's output has them; and their spacing."""
-    if x.stride(2) != 1 or x.stride(0) != x.shape[1] * x.stride(1):
-        x = x.contiguous()
-    return x, x.stride(1)
+    B, L, E = x.shape
+    spacing = x.stride(1) if L > 1 else x.stride(0)  # the stride of an axis of one step says nothing
+    if (E > 1 and x.stride(2) != 1) or (B > 1 and x.stride(0) != L * spacing):
+        return x.contiguous(), E
+    return x, spacing
 
 
 def _launch(x, channels):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
     _ONEDNN = None
+_PLAIN = (Tensor, nn.Parameter)
 # A call of oneDNN's costs some microseconds more. It pays with this many weights, whose reading a few rows wait for,
 _LEAST_WEIGHTS = 1 << 17
 _LEAST_PRODUCTS = 1 << 20  # or with this many multiply-accumulates.
@@ -32,6 +33,9 @@ def _onednn_pays(x, weight):
         _ONEDNN is not None
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and type(x) in _PLAIN
+        and type(weight) in _PLAIN  # a subclass (quantised, sharded) has a product of its own
         and weight.dtype == torch.float32
         and x.dim() > 1
         and x.numel() > 0

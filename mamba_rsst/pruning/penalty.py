@@ -69,6 +69,7 @@ class _ChannelNorms(torch.autograd.Function):
     @staticmethod
     def forward(ctx, views, *parameters):
         ctx.views = views
+        ctx.places = {id(p): i for i, p in enumerate(parameters)}
         norms = torch.stack([v.norms() for v in views])
         norms = torch.linalg.vector_norm(norms, dim=0)
         ctx.save_for_backward(norms, *parameters)
@@ -79,11 +80,11 @@ class _ChannelNorms(torch.autograd.Function):
     def backward(ctx, grad):
         norms, *parameters = ctx.saved_tensors
         factor = torch.where(norms > 0, grad / norms, 0.0)
-        grads = {id(p): torch.zeros_like(p) for p in parameters}
+        grads = [torch.zeros_like(p) for p in parameters]
         for view in ctx.views:
             along = view.along(factor).to(view.parameter.dtype)
-            view.of(grads[id(view.parameter)]).addcmul_(view.tensor.detach(), along)
-        return None, *grads.values()
+            view.of(grads[ctx.places[id(view.parameter)]]).addcmul_(view.tensor.detach(), along)
+        return None, *grads
 
 
 @torch.no_grad()

@@ -15,7 +15,11 @@ def compile_blocks_(model) -> None:
         raise ValueError(f"`compile_blocks`: {type(model).__name__} does not say which modules are its blocks.")
     # Past torch's limit blocks silently run uncompiled; each may have its own widths, in training and evaluating.
     limits = torch._dynamo.config
-    name = "recompile_limit" if hasattr(limits, "recompile_limit") else "cache_size_limit"  # before torch 2.7
-    setattr(limits, name, max(getattr(limits, name), 8 * len(blocks)))
+    for name, old_name, times in (  # old names: before torch 2.7
+        ("recompile_limit", "cache_size_limit", 8),
+        ("accumulated_recompile_limit", "accumulated_cache_size_limit", 64),
+    ):
+        name = name if hasattr(limits, name) else old_name
+        setattr(limits, name, max(getattr(limits, name), times * len(blocks)))
     for block in blocks:
         block.compile()

@@ -1,5 +1,6 @@
 """CUDA graphs of what repeats: recorded once, then replayed, so that launching the kernels costs nothing."""
 
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -13,9 +14,10 @@ class GraphedStep:
     the device for nothing (no `.item()`, no copy from the CPU): PyTorch's rules for capturing, see
     https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs.
 
-    Called like `step`. The first `WARMUP` calls run as they are (they compile and tune), the next one is recorded.
-    From then on inputs of the recorded shapes are replayed; others, such as an epoch's last, smaller batch, run as
-    they are. The parameters may change in place between calls, but must not be replaced: make a new GraphedStep then.
+    Called like `step`. The first `WARMUP` calls of any shapes run as they are (they compile and tune), and the shapes
+    that first come once more are recorded. From then on inputs of those shapes are replayed; others, such as an
+    epoch's last, smaller batch, run as they are. The parameters may change in place between calls, but must not be
+    replaced: make a new GraphedStep then.
     Raises RuntimeError where the step cannot be captured.
     """
 
@@ -24,7 +26,7 @@ class GraphedStep:
     def __init__(self, step: Callable[[dict], Tensor], parameters: list[nn.Parameter]):
         self.step = step
         self.parameters = [p for p in parameters if p.requires_grad]
-        self._calls = 0
+        self._calls = Counter()  # by shapes
         self._recorded = None
         self._graph = None
         self._inputs: dict[str, Tensor] = {}
@@ -32,11 +34,14 @@ class GraphedStep:
         self._gradients: list[Tensor | None] = []
 
     def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
-        shapes = {name: (x.shape, x.dtype) for name, x in inputs.items()}
-        if self._recorded is None and self._calls >= self.WARMUP:
+        for name, x in inputs.items():
+            if not isinstance(x, Tensor):
+                raise ValueError(f"A recorded step takes tensors alone; {name!r} is a {type(x).__name__}.")
+        shapes = tuple((name, x.shape, x.dtype) for name, x in sorted(inputs.items()))
+        if self._recorded is None and self._calls[shapes] >= self.WARMUP:
             self._record(inputs)
             self._recorded = shapes
-        self._calls += 1
+        self._calls[shapes] += 1
         if self._recorded is None:
             return self._run_beside(inputs)
         if shapes != self._recorded:
@@ -75,7 +80,7 @@ class GraphedStep:
 
     def _capture(self):
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):  # a loader's thread may pin memory
             self._loss = self.step(self._inputs)
 
     def _replay(self):
@@ -109,7 +114,7 @@ def capture(function: Callable, device: torch.device | str = "cuda", warmup: int
                 function()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             function()
 
     def replay(kept_alive=function):  # the tensors that the graph reads hang on the function

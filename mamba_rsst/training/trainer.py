@@ -100,7 +100,7 @@ class RSSTTrainer(Trainer):
         self._leaving_groups = []
         self._lambda_max = 0.0
         self._penalty_weight = torch.zeros((), device=args.device)  # lambda, where a recorded step can read it
-        self._graphed: dict[int, GraphedStep] = {}
+        self._graphed: GraphedStep | None = None
         self._graphed_decay = None
         self._clock = (time.perf_counter(), 0)
         self._parameter_count: int | None = None
@@ -187,6 +187,7 @@ class RSSTTrainer(Trainer):
             output = super().train(
                 resume_from_checkpoint=last_complete_checkpoint(folder, self.args.world_size), **kwargs
             )
+            self._graphed = self._graphed_decay = None  # and with them the memory of a step's activations
         else:
             self.state.log_history, self.state.epoch = [], 0
         if stage.cut:
@@ -247,7 +248,7 @@ class RSSTTrainer(Trainer):
     def _fresh_optimizer(self) -> None:
         """Forget the optimizer, schedule and wrapped model: they may hold parameters from before a cut."""
         self.optimizer = self.lr_scheduler = None
-        self._graphed, self._graphed_decay, self._parameter_count = {}, None, None
+        self._graphed = self._graphed_decay = self._parameter_count = None
         self._created_lr_scheduler = False
         self.model_wrapped = self.model
         self.accelerator.free_memory()
@@ -319,15 +320,20 @@ class RSSTTrainer(Trainer):
             self._penalty_weight.fill_(self._lambda())
         if not self.args.cuda_graphs:
             return super().training_step(model, inputs, num_items_in_batch)
-        # The loss is divided by the number of micro-batches, of which an update at the end of an epoch may have fewer.
-        pieces = self.current_gradient_accumulation_steps
-        if pieces not in self._graphed:
+        if self.current_gradient_accumulation_steps != self.args.gradient_accumulation_steps:
+            # An epoch's last update may have fewer micro-batches, and divides its loss by their number.
+            return super().training_step(model, inputs, num_items_in_batch)
+        if self._graphed is None:
             step = functools.partial(self._tensor_step, model)
-            self._graphed[pieces] = GraphedStep(step, list(model.parameters()))
-        inputs = self._prepare_inputs(inputs)
+            self._graphed = GraphedStep(step, list(model.parameters()))
+        if not model.training:  # after an evaluation; a replay runs none of the code that would see to it
+            model.train()
+            if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
+                self.optimizer.train()
+        inputs = dict(self._prepare_inputs(inputs))
         if num_items_in_batch is not None:
-            inputs = {**inputs, "num_items_in_batch": torch.as_tensor(num_items_in_batch, device=self.args.device)}
-        return self._graphed[pieces](dict(inputs))
+            inputs["num_items_in_batch"] = torch.as_tensor(num_items_in_batch, device=self.args.device)
+        return self._graphed(inputs)
 
     def _tensor_step(self, model, inputs):
         """Trainer's step as a function of tensors alone."""
@@ -348,7 +354,9 @@ class RSSTTrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
             # Trainer divides by the accumulation steps unless the model's loss has been given the number of items.
-            whole = num_items_in_batch is not None and (self.model_accepts_loss_kwargs or self.compute_loss_func)
+            whole = self.compute_loss_func is not None or (
+                self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            )
             share = 1.0 / self.current_gradient_accumulation_steps if whole else 1.0
             if self.teacher is not None:
                 weight = self.args.distillation_weight
@@ -456,6 +464,8 @@ class RSSTTrainer(Trainer):
             held = torch.zeros((), device=self.args.device)  # zero while the graph is recorded: nothing changes then
             replay = capture(lambda: decay_(self._leaving_groups, self._masks, held), self.args.device)
             self._graphed_decay = (held, replay)
+        if not 0.0 <= amount < 1.0:
+            raise ValueError(f"lr * lambda must be in [0, 1), got {amount}; lower `lambda_max`.")
         held, replay = self._graphed_decay
         held.fill_(amount)
         replay()

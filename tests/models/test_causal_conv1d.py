@@ -26,6 +26,8 @@ CASES = {
     "shorter than the taps": ((2, 3, 7, 5, (False,)), {}),
     "two blocks of channels, backwards, no bias": ((3, 2, 130, 3, (True,)), {"bias": False}),
     "several tiles of rows": ((3, 23, 6, 2, (True, True)), {"wide": True}),
+    "one step, other strides": ((3, 1, 5, 4, (False, True)), {"turned": True}),
+    "other strides": ((3, 4, 5, 2, (False, True)), {"turned": True}),
     "one tap": ((2, 4, 3, 1, (False, True)), {}),
     "with a past": ((2, 5, 3, 4, (False,)), {"past": 6}),
     "bfloat16": ((2, 19, 9, 4, (False, True)), {"dtype": "bfloat16", "wide": True}),
@@ -56,7 +58,7 @@ def loop(x, taps, bias, reverse, past):
     return torch.stack(outs)
 
 
-def errors(function, sizes, device="cpu", dtype="float32", wide=False, bias=True, past=None):
+def errors(function, sizes, device="cpu", dtype="float32", wide=False, bias=True, past=None, turned=False):
     """Relative errors of the output and of every gradient."""
     B, L, E, K, reverse = sizes
     generator = torch.Generator().manual_seed(0)
@@ -71,7 +73,10 @@ def errors(function, sizes, device="cpu", dtype="float32", wide=False, bias=True
     b = draw(len(reverse), E).to(device, small).requires_grad_() if bias else None
     before = None if past is None else draw(B, E, past).to(device, dtype)
     leaves = [x for x in (leaf, taps, b) if x is not None]
-    u = function(leaf[..., :E], taps, b, reverse, before)
+    given = leaf[..., :E]
+    if turned:  # laid out (B, E, L)
+        given = leaf.transpose(1, 2).contiguous().transpose(1, 2)
+    u = function(given, taps, b, reverse, before)
     assert u.shape == (len(reverse), B, L, E) and u.dtype == dtype
     du = draw(*u.shape).to(device, dtype)
     grads = torch.autograd.grad(u, leaves, du)

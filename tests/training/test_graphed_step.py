@@ -163,3 +163,54 @@ def test_cuda_graphs_name_what_they_do_not_go_with(name):
 def test_compiling_needs_blocks():
     with pytest.raises(ValueError, match="Net does not say which modules are its blocks"):
         compile_blocks_(Net())
+
+
+def test_the_shapes_that_come_often_are_recorded():
+    """Not those of the third call, which may be an epoch's last batch."""
+    model = Net()
+    graphed = PretendGraph(stepper(model), list(model.parameters()))
+    for n in [4, 4, 2] * 3:
+        graphed({"x": torch.randn(n, 3), "y": torch.randn(n, 2)})
+    assert graphed._inputs["x"].shape == (4, 3) and graphed.recordings == 1
+
+
+def test_what_is_no_tensor_is_named():
+    graphed = PretendGraph(stepper(Net()), [])
+    with pytest.raises(ValueError, match="'names' is a list"):
+        graphed({"x": torch.randn(4, 3), "y": torch.randn(4, 2), "names": ["a"]})
+
+
+@pytest.mark.parametrize("penalty", ["growing_l2", "group_lasso"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_run_with_recorded_steps_is_the_run_without(tmp_path, monkeypatch, penalty, accumulate):
+    """All stages, with evaluations between the steps, an uneven last update and the decay as a graph of its own."""
+    from tiny_runs import assert_same_state, make_trainer
+
+    made, decays = [], []
+
+    class Kept(PretendGraph):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self)
+
+    def pretend_capture(function, device):
+        for _ in range(4):  # as often as the real one calls it while it warms up and records
+            function()
+        return lambda: decays.append(function())
+
+    monkeypatch.setattr("mamba_rsst.training.trainer.GraphedStep", Kept)
+    monkeypatch.setattr("mamba_rsst.training.trainer.capture", pretend_capture)
+    results = []
+    for recorded in (False, True):
+        arguments = dict(num_train_epochs=3, rsst_epochs=3, recovery_epochs=3, eval_strategy="epoch", penalty=penalty)
+        arguments |= dict(gradient_accumulation_steps=accumulate, per_device_train_batch_size=20, learning_rate=1e-2)
+        trainer = make_trainer(tmp_path / str(recorded), **arguments)
+        trainer.args.cuda_graphs = recorded
+        trainer.train()
+        results.append(trainer)
+    plain, graphed = results
+    assert_same_state(graphed.model.state_dict(), plain.model.state_dict(), rtol=1e-4, atol=1e-5)
+    assert len(made) == 3 and [g.recordings for g in made] == [1, 1, 1], "one graph a stage"
+    assert all(g._inputs["pixel_values"].shape[0] == 20 for g in made)
+    assert bool(decays) == (penalty == "growing_l2")
+    assert graphed._graphed is None and graphed._graphed_decay is None
