@@ -16,6 +16,8 @@ def text_calibration(path: str | Path, tokenizer, block_size: int, count: int, b
     path: a .txt, .jsonl or .parquet file (of the latter two, what stands under "text"), or a folder of them.
     Raises FileNotFoundError or ValueError for files that are absent, of another kind, or hold too little text.
     """
+    if block_size < 2 or count < 1:
+        raise ValueError(f"Text is scored in 1 or more sequences of 2 or more tokens, not {count} of {block_size}.")
     wanted, ids = block_size * count, []
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for text in _texts(Path(path).expanduser()):
@@ -37,8 +39,11 @@ def _texts(path: Path) -> Iterator[str]:
         raise ValueError(f"{str(path)!r} must be, or hold, files of these kinds: {list(SUFFIXES)}.")
     for file in files:
         try:
-            yield from _texts_of(file)
-        except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError, OSError) as error:
+            for text in _texts_of(file):
+                if not isinstance(text, str):
+                    raise TypeError(f"it holds {text!r}")
+                yield text
+        except (KeyError, TypeError, ValueError, OSError) as error:  # pyarrow's errors are of these kinds too
             raise ValueError(f"{str(file)!r} cannot be read as text under the key 'text': {error}") from error
 
 

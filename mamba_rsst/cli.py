@@ -15,10 +15,10 @@ def main(argv: list[str] | None = None) -> int:
         args.overrides += rest  # argparse takes no positional arguments behind an option: train RECIPE --resume a.b=c
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # of loading and writing weights; those of training and evaluation stay
     try:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # of loading and writing weights; those of training and evaluation stay
         args.run(args)
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get(DEBUG_VARIABLE):
@@ -185,7 +185,7 @@ def _prune(args) -> None:
     from .pruning import PruningConfig, prune_
     from .report import widths_table
 
-    out = Path(args.out).expanduser() if args.dry_run else _new_folder(args.out)
+    out = Path(args.out).expanduser() if args.dry_run else _new_folder(args.out, args.model)
     settings = {
         "targets": args.target,
         "sparsity": _sparsity(args),
@@ -231,8 +231,8 @@ def _sparsity(args):
     if args.speedup is not None:
         if args.budget != "latency":
             raise ValueError(f"--speedup is for --budget latency, not {args.budget}; give --sparsity.")
-        if not args.speedup >= 1:
-            raise ValueError(f"--speedup must be at least 1, got {args.speedup}.")
+        if not 1 <= args.speedup < float("inf"):
+            raise ValueError(f"--speedup must be at least 1 and finite, got {args.speedup}.")
         return 1 - 1 / args.speedup
     named = dict(value for value in args.sparsity if isinstance(value, tuple))
     if not named and len(args.sparsity) == 1:
@@ -246,6 +246,8 @@ def _move(model, device: str) -> None:
     import torch
 
     try:
+        if torch.device(device).type == "meta":
+            raise RuntimeError("nothing can be computed there")
         model.to(torch.device(device))
     except (RuntimeError, AssertionError) as error:  # torch's words for an unknown device and for a missing one
         raise ValueError(f"--device {device!r} cannot be used: {error}") from error
@@ -255,19 +257,46 @@ def _convert(args) -> None:
     from .convert import convert_checkpoint
     from .evaluation import count_parameters
 
-    out = _new_folder(args.out)
+    out = _new_folder(args.out, args.model)
     model = convert_checkpoint(args.model)
     _save_beside(model, args.model, out)
     print(f"Saved to {args.out}: {count_parameters(model):,} parameters ({model.dtype}).")
 
 
-def _new_folder(name: str):
+def _new_folder(name: str, source: str):
+    """The path of a folder to write, which must not exist, nor lie inside the folder that is read."""
     from pathlib import Path
 
     out = Path(name).expanduser()
+    if not name.strip():
+        raise ValueError("The output folder has no name.")
     if out.exists():
         raise ValueError(f"{name!r} exists; choose a new folder.")
-    return out
+    if Path(source).is_dir() and Path(source).resolve() in out.absolute().resolve().parents:
+        raise ValueError(f"{name!r} lies inside {source!r}, which is being read; choose a folder beside it.")
+    return _writable(out, name)
+
+
+def _json_file(name: str | None):
+    """The path of --json's file, None where it was not given; said to be unwritable before any work is done."""
+    from pathlib import Path
+
+    if name is None or name == "-":
+        return None
+    file = Path(name).expanduser()
+    if file.is_dir():
+        raise ValueError(f"--json {name!r} is a folder.")
+    return _writable(file, name)
+
+
+def _writable(path, name: str):
+    """The path, if the folder that it would stand in can be written to."""
+    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    if not parent.is_dir():
+        raise ValueError(f"{name!r} cannot be written: {str(parent)!r} is a file.")
+    if not os.access(parent, os.W_OK):
+        raise ValueError(f"{name!r} cannot be written: {str(parent)!r} is read-only.")
+    return path
 
 
 def _save_beside(model, source: str, out) -> None:
@@ -280,6 +309,7 @@ def _save_beside(model, source: str, out) -> None:
 def _export(args) -> None:
     from .export import export_checkpoint
 
+    _new_folder(args.out, args.model)
     done = export_checkpoint(args.model, args.out, format=args.format, pad=args.pad)
     if done.padded:
         filled = ", ".join(f"{name} {now}" for name, (_, now) in done.padded.items())
@@ -301,7 +331,12 @@ def _calibration(args, model, config):
     from .pruning.importance import NEEDS_DATA
 
     looking = [name for name in map(config.importance_of, config.targets) if name in NEEDS_DATA]
+    if args.samples is not None and args.samples < 1:
+        raise ValueError(f"--samples must be at least 1, got {args.samples}.")
     if not looking:
+        if args.data or args.samples is not None:
+            scores = sorted(set(map(config.importance_of, config.targets)))
+            raise ValueError(f"--data and --samples are for scores that look at data, which {scores} do not.")
         return None
     if not args.data:
         raise ValueError(f"--importance {looking[0]} looks at data: give --data.")
@@ -318,6 +353,8 @@ def _calibration(args, model, config):
             raise ValueError(
                 f"The tokenizer of {args.model!r} has {len(tokenizer)} tokens, the model {model.config.vocab_size}."
             )
+        if args.seq_len < 2:
+            raise ValueError(f"--seq-len must be at least 2 for a loss to score by, got {args.seq_len}.")
         return text_calibration(args.data, tokenizer, args.seq_len, args.samples or 64)
     from .training.data import ImageCollator, ImageDataConfig, load_image_data
 
@@ -333,15 +370,13 @@ def _calibration(args, model, config):
 
 def _inspect(args) -> None:
     import json
-    from pathlib import Path
 
     from rich.console import Console
 
     from .export import inspect_model
     from .report import inspect_tables, write_atomic
 
-    if args.json and Path(args.json).expanduser().is_dir():
-        raise ValueError(f"--json {args.json!r} is a folder.")
+    file = _json_file(args.json)
     found = inspect_model(args.model)
     text = json.dumps(found, indent=1) + "\n"
     if args.json == "-":
@@ -350,8 +385,8 @@ def _inspect(args) -> None:
     console = Console()
     for part in inspect_tables(found):
         console.print(part)
-    if args.json:
-        write_atomic(Path(args.json).expanduser(), text)
+    if file:
+        write_atomic(file, text)
 
 
 _IMAGE_OPTIONS = ("split", "max_samples")
@@ -371,7 +406,6 @@ def _eval(args) -> None:
 
 def _eval_language(args) -> None:
     import json
-    from pathlib import Path
 
     import torch
     from rich.console import Console
@@ -381,8 +415,7 @@ def _eval_language(args) -> None:
     from .hub import load_model
     from .lm_evaluation import BATCH_SIZE, check_language_model, evaluate_lm, find_tasks, load_tokenizer, metric_rows
 
-    if args.json and Path(args.json).expanduser().is_dir():
-        raise ValueError(f"--json {args.json!r} is a folder.")
+    file = _json_file(args.json)
     paths = _short_names([args.against, args.model] if args.against else [args.model])
     tasks = [name for name in (word.strip() for word in args.tasks.split(",")) if name]
     find_tasks(tasks, include_path=args.include_path, data=args.data)
@@ -411,8 +444,8 @@ def _eval_language(args) -> None:
     rows = {model["name"]: metric_rows(model["results"]) for model in results["models"]}
     version = results["models"][0]["results"].get("lm_eval_version", "")
     Console().print(report.lm_table(results["models"], rows, version))
-    if args.json:
-        report.write_atomic(Path(args.json).expanduser(), json.dumps(results, indent=1, default=str) + "\n")
+    if file:
+        report.write_atomic(file, json.dumps(results, indent=1, default=str) + "\n")
 
 
 def _eval_images(args) -> None:
@@ -468,7 +501,6 @@ def _eval_images(args) -> None:
 
 def _bench(args) -> None:
     import json
-    from pathlib import Path
 
     import torch
     from rich.console import Console
@@ -484,8 +516,7 @@ def _bench(args) -> None:
         raise ValueError(f"--device {args.device}: there is no CUDA device here.")
     if args.graph and "cuda" not in devices:
         raise ValueError("--graph needs a CUDA device.")
-    if args.json and Path(args.json).expanduser().is_dir():
-        raise ValueError(f"--json {args.json!r} is a folder.")
+    file = _json_file(args.json)
     paths = _short_names([args.against, args.model] if args.against else [args.model])
     models = {name: _load_for_speed(path, getattr(torch, args.dtype)) for name, path in paths.items()}
     images = models[list(models)[-1]].main_input_name == "pixel_values"
@@ -517,8 +548,8 @@ def _bench(args) -> None:
         name = speed.device_name(torch.device(place))
         results["devices"].append({"device": place, "name": name, "graph": graph, "rows": rows})
         console.print(report.speed_table(results, results["devices"][-1]))
-    if args.json:
-        report.write_atomic(Path(args.json).expanduser(), json.dumps(results, indent=1) + "\n")
+    if file:
+        report.write_atomic(file, json.dumps(results, indent=1) + "\n")
 
 
 def _short_names(paths: list[str]) -> dict[str, str]:

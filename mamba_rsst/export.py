@@ -223,7 +223,9 @@ def _way_to_transformers(name, config) -> tuple[str, str | None]:
 
 def _remote_code(name, auto_class) -> Place:
     where = "transformers, trust_remote_code=True"
-    file = read_config(name).get("auto_map", {}).get(auto_class, "").rpartition("--")[2].partition(".")[0] + ".py"
+    places = read_config(name).get("auto_map")
+    place = places.get(auto_class) if isinstance(places, dict) else None
+    file = str(place or "").rpartition("--")[2].partition(".")[0] + ".py"
     if file == ".py" or (Path(name).is_dir() and not (Path(name) / file).is_file()):
         return Place(where, False, "the model's code is not beside its weights: load it and save it again")
     return Place(where, True, f"{auto_class}, with the code beside the weights")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HTTPError, StrictDataclassError
+from huggingface_hub.errors import HTTPError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedModel
 from transformers.utils import cached_file, logging
 
@@ -36,7 +36,7 @@ def load_model(path: str | os.PathLike, **kwargs) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(name)
     except OSError as error:
         raise FileNotFoundError(f"Neither a folder nor a model on the Hub that can be reached: {name!r}.") from error
-    except (ValueError, TypeError, StrictDataclassError) as error:
+    except Exception as error:  # whatever a config that makes no sense sets off: ValueError, KeyError, AttributeError
         raise ValueError(f"{name!r} has a config.json that describes no model: {one_line(error)}") from error
     if config.model_type not in AUTO_CLASSES:
         raise ValueError(f"{name!r} has model_type {config.model_type!r}; supported are {sorted(AUTO_CLASSES)}.")
@@ -77,10 +77,9 @@ def load_checked(loader, name: str, state_dict: dict | None = None, **kwargs) ->
         )
     except OSError as error:
         raise FileNotFoundError(f"{name!r} has no weights that can be read: {one_line(error)}") from error
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise ValueError(f"The weights of {name!r} are damaged: {one_line(error)}") from error
+    except Exception as error:  # damaged files set off what they will: SafetensorError, struct.error, KeyError
+        what = "are damaged" if type(error).__name__ == "SafetensorError" else "cannot be loaded"
+        raise ValueError(f"The weights of {name!r} {what}: {one_line(error) or type(error).__name__}") from error
     finally:
         logging.set_verbosity(verbosity)
     for kind, what in (

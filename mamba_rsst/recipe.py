@@ -90,7 +90,7 @@ def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
         raise FileNotFoundError(f"There is no recipe {str(path)!r}.")
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: text that is not UTF-8, a date that does not exist
         raise RecipeError(f"{str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{str(path)!r} must hold the sections {SECTIONS}, got {type(content).__name__}.")
@@ -254,7 +254,7 @@ def _override(content: dict, text: str) -> None:
         raise RecipeError(f"An override is `section.key=value`, got {text!r}.")
     try:
         value = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise RecipeError(f"The value of the override {text!r} is not valid YAML.") from error
     if key == "task":
         content["task"] = value

@@ -467,7 +467,8 @@ def words(tmp_path_factory):
 @pytest.mark.parametrize("text", ["text.txt", "text.jsonl"])
 def test_prune_a_language_model(call, words, options, changed, text):
     more = ("--round-to", 4) if "--round-to" not in options else ()
-    data = ("--data", words / text, "--seq-len", 16, "--samples", 8)
+    looks = "--importance" in options or "num_hidden_layers" in options
+    data = ("--data", words / text, "--seq-len", 16, "--samples", 8) if looks else ()
     code, out, err = call("prune", words / "model", "out", *options, *more, *data)
     assert code == 0, err
     before, after = load_model(words / "model"), load_model("out")
@@ -509,3 +510,57 @@ def test_prune_refuses(refused, words, options, names):
     argv = ("--target", "d_inner", "--round-to", 2, *(places.get(word, word) for word in options))
     error = refused("prune", words / "model", "out", *argv)
     assert all(name in error for name in names), error
+
+
+@pytest.mark.parametrize("command", ["convert", "export", "prune"])
+def test_where_output_cannot_go_is_said_before_any_work(tmp_path, capsys, command):
+    make("mamba").save_pretrained(tmp_path / "model")
+    (tmp_path / "file").write_text("")
+    more = ["--target", "d_inner", "--sparsity", "0.5"] if command == "prune" else []
+    for out, words in (("file/x", "is a file"), ("model/x", "lies inside"), ("", "has no name")):
+        before = sorted(tmp_path.rglob("*"))
+        given = str(tmp_path / out) if out else out
+        assert cli.main([command, str(tmp_path / "model"), given, *more]) == 2
+        captured = capsys.readouterr()
+        assert words in captured.err and captured.out == "" and sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_json_file_that_cannot_be_written_is_said_before_any_work(tmp_path, capsys):
+    make("mamba").save_pretrained(tmp_path / "model")
+    (tmp_path / "file").write_text("")
+    assert cli.main(["inspect", str(tmp_path / "model"), "--json", str(tmp_path / "file" / "x")]) == 2
+    captured = capsys.readouterr()
+    assert "is a file" in captured.err and captured.out == ""
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--samples", "0"], "--samples must be at least 1"),
+        (["--samples", "8"], "for scores that look at data"),
+        (["--data", "nowhere"], "for scores that look at data"),
+        (["--importance", "state_energy", "--data", "x"], "'state_energy' scores d_state, not 'd_inner'"),
+        (["--seed", "-1"], "`seed` must be an integer in"),
+        (["--budget", "latency", "--speedup", "inf"], "--speedup must be at least 1 and finite"),
+    ],
+)
+def test_options_of_prune_that_do_not_fit(tmp_path, capsys, options, words):
+    make("mamba").save_pretrained(tmp_path / "model")
+    sparsity = [] if "--speedup" in options else ["--sparsity", "0.5"]
+    argv = ["prune", str(tmp_path / "model"), str(tmp_path / "out"), "--target", "d_inner", *sparsity, *options]
+    assert cli.main(argv) == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"dtype": "float99"}, {"hidden_act": "bogus"}, {"auto_map": "x", "num_hidden_layers": "two"}],
+    ids=lambda d: next(iter(d)),
+)
+def test_a_config_that_makes_no_sense_is_one_sentence(tmp_path, capsys, damage):
+    make("mamba").save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | damage))
+    assert cli.main(["inspect", str(tmp_path / "model")]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("mamba-rsst inspect: error: ") and captured.err.count("\n") == 1

@@ -85,11 +85,18 @@ class PruningConfig:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {list(choices)}, got {getattr(self, name)!r}.")
-        from .importance import IMPORTANCE  # the registry grows after this module is loaded
+        from .importance import IMPORTANCE, SCORES_ONLY  # the registry grows after this module is loaded
 
-        for name in map(self.importance_of, self.targets):
+        for target, name in ((target, self.importance_of(target)) for target in self.targets):
             if name not in IMPORTANCE:
                 raise ValueError(f"Unknown importance {name!r}; choose from {sorted(IMPORTANCE)}.")
+            if target not in SCORES_ONLY.get(name, (target,)):
+                raise ValueError(
+                    f"Importance {name!r} scores {', '.join(SCORES_ONLY[name])}, not {target!r}: give each target its "
+                    "own, importance={target: name}."
+                )
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
+            raise ValueError(f"`seed` must be an integer in [0, 2**32), got {self.seed!r}.")
         if not isinstance(self.round_to, int) or self.round_to < 1:
             raise ValueError(f"`round_to` must be an integer >= 1, got {self.round_to!r}.")
         for name in ("floor", "fillback_rate"):

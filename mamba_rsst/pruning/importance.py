@@ -37,10 +37,14 @@ class Calibration:
 
 IMPORTANCE: dict[str, Callable[[list[Group], Calibration], Scores]] = {}
 NEEDS_DATA: set[str] = set()
+SCORES_ONLY: dict[str, tuple[str, ...]] = {}
 
 
-def register_importance(name: str, *, needs_data: bool = False):
-    """Decorator: make `function(groups, calibration) -> {group.name: (size,) scores}` known as `name`."""
+def register_importance(name: str, *, needs_data: bool = False, targets: tuple[str, ...] | None = None):
+    """Decorator: make `function(groups, calibration) -> {group.name: (size,) scores}` known as `name`.
+
+    targets: the only ones that it can score; default all.
+    """
 
     def register(function):
         if name in IMPORTANCE:
@@ -48,6 +52,8 @@ def register_importance(name: str, *, needs_data: bool = False):
         IMPORTANCE[name] = function
         if needs_data:
             NEEDS_DATA.add(name)
+        if targets is not None:
+            SCORES_ONLY[name] = targets
         return function
 
     return register
@@ -169,7 +175,7 @@ def wanda(groups, calibration) -> Scores:
     return scores
 
 
-@register_importance("state_energy", needs_data=True)
+@register_importance("state_energy", needs_data=True, targets=("d_state",))
 def state_energy(groups, calibration) -> Scores:
     """Energy of what each state adds to the output over time: sum over tokens t and channels e of (C_tn h_ten)^2.
 
@@ -199,9 +205,7 @@ def state_energy(groups, calibration) -> Scores:
     for group in groups:
         scans = list(group.scans())
         if not scans:
-            raise ValueError(
-                f"Importance 'state_energy' scores d_state, not {group.target!r}: give importance={{target: name}}."
-            )
+            raise ValueError(f"Importance 'state_energy' scores d_state, not {group.target!r}.")
         for scan in scans:
             watch(group, scan)
     _run_watched(calibration, hooks)

@@ -141,6 +141,12 @@ class RSSTConfig(TrainingArguments):
             raise ValueError(
                 "`save_only_model` leaves out what a run needs to be resumed: optimizer and random numbers."
             )
+        if self.resume_from_checkpoint:
+            raise ValueError(
+                "`resume_from_checkpoint` is no setting here: where a run goes on follows from its folder (--resume)."
+            )
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"`seed` must be in [0, 2**32), got {self.seed}.")
         if self.max_steps > 0:
             raise ValueError("`max_steps` does not say which stage it bounds; set the epochs of the stages instead.")
         if self.cuda_graphs:

@@ -82,12 +82,13 @@ class RSSTTrainer(Trainer):
         batch, samples = args.train_batch_size * args.world_size, kwargs.get("train_dataset")
         if args.dataloader_drop_last and hasattr(samples, "__len__") and len(samples) < batch:
             raise ValueError(f"`dataloader_drop_last` leaves nothing of {len(samples)} samples in batches of {batch}.")
+        if args.cuda_graphs and (args.device.type != "cuda" or args.world_size * args.n_gpu > 1):
+            here = f"{args.world_size * max(1, args.n_gpu)} x {args.device.type}"
+            raise ValueError(f"`cuda_graphs` needs one process on one CUDA GPU; this run has {here}.")
         stages = plan_stages(args)
         super().__init__(model=model, args=args, **kwargs)
         if args.method != "dense" and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("Channels cannot be scored and cut in weights that FSDP or DeepSpeed has sharded.")
-        if args.cuda_graphs and (args.device.type != "cuda" or args.world_size * args.n_gpu > 1):
-            raise ValueError(f"`cuda_graphs` needs one process on one CUDA GPU; this is {args.parallel_mode.value}.")
         self.pruning = pruning
         self.eval_data_collator = eval_data_collator
         self.calibration = None if calibration is None else list(calibration)  # read again in every round
