@@ -118,7 +118,7 @@ def train_in_two_processes(folder, kill, method):
     assert process.returncode == 0, process.stderr[-3000:]
 
 
-@pytest.mark.parametrize("method", ["rsst", "refill"])
+@pytest.mark.parametrize("method", ["rsst", pytest.param("refill", marks=pytest.mark.slow)])
 def test_rounds_and_resuming_in_two_processes(tmp_path, method):
     """Every process ends with the same weights: one that trained on by itself after a cut would not."""
     train(tmp_path / "one", 32, method=method)

@@ -196,7 +196,9 @@ POINTS = {
 
 
 @pytest.mark.parametrize(
-    "method, point", [("rsst", point) for point in POINTS] + [("refill", point) for point in list(POINTS)[2::2]]
+    "method, point",
+    [("rsst", point) for point in POINTS]
+    + [pytest.param("refill", point, marks=pytest.mark.slow) for point in list(POINTS)[2::2]],
 )
 def test_around_the_stages(tmp_path, monkeypatch, whole, method, point):
     owner, name, count, after = POINTS[point]
