@@ -21,6 +21,7 @@ import statistics
 import torch
 
 from mamba_rsst.models.selective_scan import selective_scan
+from mamba_rsst.training.graphed_step import capture
 
 
 SHAPES = {  # directions, batch, length, channels, states
@@ -116,18 +117,10 @@ def time_scan(prepare, shape, dtype, graph=True):
         if not graph:
             results.append(milliseconds(function, 1))
             continue
-        stream = torch.cuda.Stream()  # as graphs of autograd want it: warmed up on a stream of its own
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                function()
-        torch.cuda.current_stream().wait_stream(stream)
-        captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured):
-            function()
-        captured.replay()
-        results.append(milliseconds(captured.replay, 30))
-        del captured
+        replay = capture(function, warmup=2)
+        replay()
+        results.append(milliseconds(replay, 30))
+        del replay
     inference, forward, both = results
     return inference, forward, both - forward
 

@@ -24,6 +24,10 @@ STEPS = 3
 PRUNING = dict(targets=["d_inner", "intermediate_size"], sparsity=0.5, round_to=1)
 
 
+COMMON = dict(learning_rate=1e-2, logging_steps=1, save_strategy="no", use_cpu=True, disable_tqdm=True, seed=0)
+"""Training arguments of every tiny run, of images or of text."""
+
+
 @functools.cache
 def digits():
     config = ImageDataConfig(max_train_samples=96, max_eval_samples=60)
@@ -45,13 +49,8 @@ def make_trainer(folder, model=None, cls=RSSTTrainer, pruning=PRUNING, callbacks
         num_train_epochs=1,
         per_device_train_batch_size=32,
         per_device_eval_batch_size=60,
-        learning_rate=1e-2,
-        logging_steps=1,
-        save_strategy="no",
-        use_cpu=True,
-        disable_tqdm=True,
         report_to="none",
-        seed=0,
+        **COMMON,
     )
     return cls(
         model=make_model() if model is None else model,
@@ -141,19 +140,14 @@ RECIPE = {
         "num_train_epochs": 1,
         "per_device_train_batch_size": 32,
         "per_device_eval_batch_size": 60,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "seed": 0,
+        **COMMON,
     },
 }
 
 
-def write_recipe(path, output_dir=None, **sections):
+def write_recipe(path, output_dir=None, recipe=RECIPE, **sections):
     """The tiny recipe as a file, its sections updated; a section of None is left out."""
-    content = {k: dict(v) if isinstance(v, dict) else v for k, v in RECIPE.items()}
+    content = {k: dict(v) if isinstance(v, dict) else v for k, v in recipe.items()}
     for name, section in sections.items():
         content[name] = {**content.get(name, {}), **section} if isinstance(section, dict) else section
     if output_dir is not None:

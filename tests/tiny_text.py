@@ -5,9 +5,10 @@ import inspect
 import json
 from pathlib import Path
 
+import tiny_runs
 import torch
-import yaml
 from tiny import perturb_
+from tiny_runs import COMMON
 
 from mamba_rsst import MambaForCausalLM, MambaRsstConfig, PruningConfig, RSSTConfig, RSSTTrainer
 from mamba_rsst.training.text import TextCollator, TextDataConfig, load_text_data, text_tokenizer
@@ -77,14 +78,9 @@ def make_trainer(folder, data, model=None, pruning=PRUNING, cls=RSSTTrainer, **a
         num_train_epochs=1,
         per_device_train_batch_size=16,
         per_device_eval_batch_size=16,
-        learning_rate=1e-2,
-        logging_steps=1,
-        save_strategy="no",
-        use_cpu=True,
-        disable_tqdm=True,
         report_to="none",
-        seed=0,
         dataloader_pin_memory=False,
+        **COMMON,
     )
     return cls(
         model=make_model() if model is None else model,
@@ -111,23 +107,12 @@ RECIPE = {
         "num_train_epochs": 1,
         "per_device_train_batch_size": 16,
         "per_device_eval_batch_size": 16,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "seed": 0,
+        **COMMON,
     },
 }
 
 
 def write_recipe(path, data_path, output_dir=None, **sections):
-    """The tiny recipe as a file, its sections updated; a section of None is left out."""
-    content = {k: dict(v) if isinstance(v, dict) else v for k, v in RECIPE.items()}
-    content["data"]["path"] = str(data_path)
-    for name, section in sections.items():
-        content[name] = {**content.get(name, {}), **section} if isinstance(section, dict) else section
-    if output_dir is not None:
-        content["training"]["output_dir"] = str(output_dir)
-    path.write_text(yaml.safe_dump({k: v for k, v in content.items() if v is not None}))
-    return path
+    """The tiny recipe as a file, on that text."""
+    recipe = {**RECIPE, "data": {**RECIPE["data"], "path": str(data_path)}}
+    return tiny_runs.write_recipe(path, output_dir, recipe, **sections)

@@ -6,14 +6,14 @@ H200 the kernels below take half the time forward and a quarter backward (benchm
 
 # Legend: G directions, B batch, L length, E d_inner, K taps; a row is one step of one sequence
 import math
-import os
-import re
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .selective_scan import NAMESPACE
+from .selective_scan_triton import on_device, unusable
 
 
 try:
@@ -25,8 +25,6 @@ except ImportError:
 ROWS, COLUMNS = 8, 128  # of the tile that a program works on at a time
 PROGRAMS = 1024  # along the rows; each goes on to further tiles and keeps its own sums for the taps' gradients
 OPTIONS = dict(num_warps=1)  # sums over a tile's rows stay inside a warp: with four they took three times as long
-
-_NAMESPACE = re.sub(r"\W", "_", __name__.rpartition(".")[0].removesuffix(".models"), flags=re.ASCII)
 
 
 def causal_conv1d_silu(
@@ -46,7 +44,7 @@ def causal_conv1d_silu(
         return causal_conv1d_silu(x, taps, bias, reverse)[:, :, before:]
     if _fused(x):
         mask = sum(1 << g for g, backwards in enumerate(reverse) if backwards)
-        return getattr(torch.ops, _NAMESPACE).causal_conv1d_silu(x, taps, bias, mask)
+        return getattr(torch.ops, NAMESPACE).causal_conv1d_silu(x, taps, bias, mask)
     return torch.stack(
         [
             F.silu(_convolve(x, taps[g], None if bias is None else bias[g], backwards))
@@ -56,11 +54,7 @@ def causal_conv1d_silu(
 
 
 def _fused(x):
-    if triton is None or x.dtype == torch.float64 or x.numel() == 0:
-        return False
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return True
-    return x.device.type == "cuda" and torch.version.hip is None
+    return x.dtype != torch.float64 and x.numel() > 0 and unusable(x.device.type) is None
 
 
 def _convolve(x, taps, bias, backwards):
@@ -206,18 +200,14 @@ def _launch(x, channels):
     return rows, (programs, -(-channels // COLUMNS))
 
 
-def _on(x):
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
-
-
-@torch.library.custom_op(f"{_NAMESPACE}::causal_conv1d_silu", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::causal_conv1d_silu", mutates_args=())
 def _conv_silu(x: Tensor, taps: Tensor, bias: Tensor | None, reverse: int) -> Tensor:
     G, K, E = taps.shape
     x, x_row = _in_rows(x)
     taps, bias = taps.contiguous(), None if bias is None else bias.contiguous()
     u = torch.empty((G, *x.shape), dtype=x.dtype, device=x.device)
     rows, grid = _launch(x, E)
-    with _on(x):
+    with on_device(x):
         _forward_kernel[(*grid, G)](
             x, taps, bias, u, rows, x.shape[1], E, x_row, reverse,
             K=K, HAS_BIAS=bias is not None, ROWS=ROWS, COLUMNS=COLUMNS, **OPTIONS,
@@ -230,7 +220,7 @@ def _(x, taps, bias, reverse):
     return x.new_empty((taps.shape[0], *x.shape))
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::causal_conv1d_silu_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::causal_conv1d_silu_backward", mutates_args=())
 def _conv_silu_backward(
     du: Tensor, x: Tensor, taps: Tensor, bias: Tensor | None, reverse: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -241,7 +231,7 @@ def _conv_silu_backward(
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dy = torch.empty_like(du)
     sums = torch.empty((grid[0], G, K + 1, E), dtype=torch.float32, device=x.device)
-    with _on(x):
+    with on_device(x):
         _through_silu_kernel[(*grid, G)](
             du, x, taps, bias, dy, sums, rows, x.shape[1], E, x_row, reverse,
             K=K, SUMS=1 << K.bit_length(), HAS_BIAS=bias is not None, ROWS=ROWS, COLUMNS=COLUMNS, **OPTIONS,
@@ -265,7 +255,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, du):
     x, taps, bias = ctx.saved_tensors
-    op = getattr(torch.ops, _NAMESPACE).causal_conv1d_silu_backward
+    op = getattr(torch.ops, NAMESPACE).causal_conv1d_silu_backward
     dx, dtaps, dbias = op(du, x, taps, bias, ctx.reverse)
     return dx, dtaps, None if bias is None else dbias.to(bias.dtype), None
 
@@ -277,7 +267,7 @@ def _register_flops():
     """Tell torch.utils.flop_counter what a convolution costs: a multiply-accumulate a tap, output channel and step."""
     from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-    op = getattr(torch.ops, _NAMESPACE).causal_conv1d_silu
+    op = getattr(torch.ops, NAMESPACE).causal_conv1d_silu
     if op not in flop_registry:
         register_flop_formula(op)(lambda x, taps, *args, **kwargs: 2 * math.prod(x) * taps[0] * taps[1])
 

@@ -45,7 +45,7 @@ ENVIRONMENT_VARIABLE = "MAMBA_RSST_SCAN"
 
 # Of the custom ops: "mamba_rsst", and another for each copy of this file that the Hub's remote code brings along. To
 # register a name again would take the op away from under those who hold it: compiled models, and the older copy.
-_NAMESPACE = re.sub(r"\W", "_", __name__.rpartition(".")[0].removesuffix(".models"), flags=re.ASCII)
+NAMESPACE = re.sub(r"\W", "_", __name__.rpartition(".")[0].removesuffix(".models"), flags=re.ASCII)
 
 
 def selective_scan(
@@ -189,7 +189,7 @@ def _check(u, delta, A, B, C, D, delta_bias, initial_state, directions):
 def _register(name, backend):
     """Make `backend` a custom op with a gradient, so that torch.compile and autograd see one opaque, typed call."""
 
-    @torch.library.custom_op(f"{_NAMESPACE}::selective_scan_{name}", mutates_args=())
+    @torch.library.custom_op(f"{NAMESPACE}::selective_scan_{name}", mutates_args=())
     def scan(
         u: Tensor,
         delta: Tensor,
@@ -217,7 +217,7 @@ def _register(name, backend):
             u.new_empty(shape, dtype=dtype),
         )
 
-    @torch.library.custom_op(f"{_NAMESPACE}::selective_scan_{name}_backward", mutates_args=())
+    @torch.library.custom_op(f"{NAMESPACE}::selective_scan_{name}_backward", mutates_args=())
     def scan_backward(
         dy: Tensor,
         dlast_state: Tensor | None,
@@ -262,7 +262,7 @@ def _register(name, backend):
 
 def _op(name):
     """The registered op, looked up whenever it is called: transformers may run a changed copy of this file again."""
-    return getattr(getattr(torch.ops, _NAMESPACE), f"selective_scan_{name}")
+    return getattr(getattr(torch.ops, NAMESPACE), f"selective_scan_{name}")
 
 
 for _name, _backend in _BACKENDS.items():

@@ -535,7 +535,7 @@ def scan_forward(u, delta, A, B, C, D, delta_bias, initial_state, delta_softplus
         start = _segment_starts(
             u, delta, A, B, delta_bias, initial_state, segments, segment_chunks, reverse, common, adjoint=False
         )
-    with _on(u):
+    with on_device(u):
         _forward_kernel[(sequences * segments,)](
             u, delta, A, B, C, D, delta_bias, start, y, last_state, states,
             *u.stride()[:3], *delta.stride()[:3], batch, L, E, segments, segment_chunks, reverse,
@@ -573,7 +573,7 @@ def scan_backward(dy, dlast_state, u, delta, A, B, C, D, delta_bias, initial_sta
     dD = torch.empty((G, batch, segments, E), **fp32)
     dbias = torch.empty_like(dD)
     dB, dC = (torch.empty(x.shape, dtype=inputs[name].dtype, device=u.device) for name, x in (("B", B), ("C", C)))
-    with _on(u):
+    with on_device(u):
         _backward_kernel[(G * batch * blocks * segments,)](
             dy, u, delta, A, B, C, D, delta_bias, states, start,
             du, ddelta, dBC, dA, dD, dbias, adjoint,
@@ -602,7 +602,7 @@ def _segment_starts(x, delta, A, M, delta_bias, outer, segments, segment_chunks,
     groups = _cdiv(N, GROUP_N)
     starts = torch.empty((G, batch, segments, E, N), dtype=torch.float32, device=x.device)
     totals = torch.empty((G, batch, segments, E), dtype=torch.float32, device=x.device)
-    with _on(x):
+    with on_device(x):
         _segment_kernel[(groups * G * batch * _cdiv(E, TILE_E) * (segments - 1),)](
             x, delta, A, M, delta_bias, starts, totals,
             *x.stride()[:3], *delta.stride()[:3], batch, L, E, segments, segment_chunks, reverse,
@@ -646,7 +646,7 @@ def _unit_stride(x):
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _on(x):
+def on_device(x):
     """Kernels start on the current device, which must be that of their tensors."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 

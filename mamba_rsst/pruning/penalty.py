@@ -15,6 +15,12 @@ MAX_DECAY = 0.99
 """Largest fraction of a weight that one step of decay may take: w * (1 - lr lambda) must not change sign."""
 
 
+def check_amount(amount: float) -> None:
+    """Raises ValueError for an lr * lambda outside [0, 1)."""
+    if not 0.0 <= amount < 1.0:
+        raise ValueError(f"lr * lambda must be in [0, 1), got {amount}; lower lambda_max.")
+
+
 @torch.no_grad()
 def decay_(groups: Iterable[Group], masks: Masks, amount: float | Tensor) -> None:
     """Decoupled decay, w <- w (1 - amount), of the leaving channels' producer and consumer slices.
@@ -24,8 +30,8 @@ def decay_(groups: Iterable[Group], masks: Masks, amount: float | Tensor) -> Non
     Growing L2 regularisation (Wang et al. 2021, arXiv:2012.09243) in AdamW's decoupled form (arXiv:1711.05101).
     Raises ValueError for an amount outside [0, 1).
     """
-    if not isinstance(amount, Tensor) and not 0.0 <= amount < 1.0:
-        raise ValueError(f"lr * lambda must be in [0, 1), got {amount}; lower lambda_max.")
+    if not isinstance(amount, Tensor):
+        check_amount(amount)
     slices, factors = [], []
     for group in groups:
         if group.name in masks:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -56,14 +57,7 @@ class GraphedStep:
         return self._loss.clone()
 
     def _run_beside(self, inputs):
-        """On a stream of its own, as steps that are to be captured have to be warmed up."""
-        here = torch.cuda.current_stream()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(here)
-        with torch.cuda.stream(stream):
-            loss = self.step(inputs)
-        here.wait_stream(stream)
-        return loss
+        return _beside(lambda: self.step(inputs))
 
     def _record(self, inputs):
         before = [p.grad for p in self.parameters]  # of earlier micro-batches
@@ -79,8 +73,7 @@ class GraphedStep:
             p.grad = gradient
 
     def _capture(self):
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):  # a loader's thread may pin memory
+        with _recording() as self._graph:
             self._loss = self.step(self._inputs)
 
     def _replay(self):
@@ -106,18 +99,35 @@ def capture(function: Callable, device: torch.device | str = "cuda", warmup: int
 
     Captured after `warmup` calls on a stream of its own, which compile kernels and fill libraries' workspaces.
     """
+
+    def warm_up():
+        for _ in range(warmup):
+            function()
+
     with torch.cuda.device(device):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(warmup):
-                function()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        _beside(warm_up)
+        with _recording(pool) as graph:
             function()
 
     def replay(kept_alive=function):  # the tensors that the graph reads hang on the function
         graph.replay()
 
     return replay
+
+
+def _beside(function: Callable):
+    """`function()`, on a stream of its own, as what is to be captured has to be warmed up."""
+    here, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+    stream.wait_stream(here)
+    with torch.cuda.stream(stream):
+        result = function()
+    here.wait_stream(stream)
+    return result
+
+
+@contextmanager
+def _recording(pool=None):
+    """Yields the graph that what runs inside is captured into."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # a loader's thread may pin memory
+        yield graph

@@ -19,7 +19,7 @@ from transformers.trainer_utils import TrainOutput
 
 from ..pruning import Masks, PruningConfig, align_, find_groups, leaving_share, select_channels, shrink_
 from ..pruning.masks import kept_widths
-from ..pruning.penalty import MAX_DECAY, decay_, group_lasso, strength_for
+from ..pruning.penalty import MAX_DECAY, check_amount, decay_, group_lasso, strength_for
 from ..pruning.schedules import schedule_value
 from .arguments import RSSTConfig
 from .compiling import compile_blocks_
@@ -465,8 +465,7 @@ class RSSTTrainer(Trainer):
             held = torch.zeros((), device=self.args.device)  # zero while the graph is recorded: nothing changes then
             replay = capture(lambda: decay_(self._leaving_groups, self._masks, held), self.args.device)
             self._graphed_decay = (held, replay)
-        if not 0.0 <= amount < 1.0:
-            raise ValueError(f"lr * lambda must be in [0, 1), got {amount}; lower `lambda_max`.")
+        check_amount(amount)
         held, replay = self._graphed_decay
         held.fill_(amount)
         replay()

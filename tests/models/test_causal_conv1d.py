@@ -4,19 +4,16 @@ The interpreter is chosen by an environment variable when triton is imported, so
 own: this very file as a program, which prints the errors of every case as JSON.
 """
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 
-SOURCE = Path(__file__).parents[2] / "mamba_rsst" / "models" / "causal_conv1d.py"
 TOLERANCE = {"float64": 1e-12, "float32": 2e-6, "bfloat16": 1e-2, "float16": 2e-3}
 
 # B, L, E, K and the directions, all sizes different; then what departs from `errors`' defaults.
@@ -171,8 +168,7 @@ def test_gpu_compiles_without_breaks():
 
 
 if __name__ == "__main__":
-    spec = importlib.util.spec_from_file_location("alone.models.conv", SOURCE)  # as remote code: one flat file
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    from mamba_rsst.models import causal_conv1d as module
+
     assert module._fused(torch.ones(1))
     print(json.dumps({name: errors(module.causal_conv1d_silu, *case[:1], **case[1]) for name, case in CASES.items()}))
