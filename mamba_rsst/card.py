@@ -15,6 +15,8 @@ penalty while the rest learned to do without them; then cut out (regularised str
 best ones were kept whole and the others were cut out (refill, Chen et al. 2022).""",
     "one shot": """The network was trained, its channels were scored, and the lowest were cut out at once.""",
 }
+SCRATCH = """Ordinary training from new weights, of a network as small as pruning would have left it: the control that
+a pruned one must beat."""
 TARGETS = {"d_inner": "channels of the state-space layers", "intermediate_size": "neurons of the MLPs"}
 NOT_PRUNED = "It is not pruned: the baseline that pruned models are compared with."
 PRUNED = """It was made smaller by *structured pruning*: whole channels were taken out of its layers. The tensors
@@ -101,7 +103,9 @@ def _card_text(results, words, recipe, dataset, repo) -> str:
     for target, removed in results.get("channel_sparsity", {}).items():
         done.append(f"- {TARGETS.get(target, 'channels')} (`{target}`): {removed:.1%} removed")
     done += [f"- parameters: {results['param_reduction']:.1%} fewer"] if "param_reduction" in results else []
-    done = "\n".join(done) if last != "dense" else "Ordinary training; no channel was removed."
+    if last == "dense":
+        done = [SCRATCH if method == "scratch" else "Ordinary training; no channel was removed."]
+    done = "\n".join(done)
     minutes = f"{results['seconds'] / 60:.1f}" if "seconds" in results else MISSING
     versions = ", ".join(" ".join(map(str, item)) for item in results.get("versions", {}).items())
     return f"""# {repo.split("/")[-1]}

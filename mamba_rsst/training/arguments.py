@@ -10,7 +10,9 @@ from ..pruning.penalty import PENALTIES, PENALTY_SCOPES
 from ..pruning.schedules import SCHEDULES
 
 
-METHODS = ("rsst", "refill", "dense")
+METHODS = ("rsst", "refill", "dense", "scratch")
+UNPRUNED = ("dense", "scratch")
+"""Methods whose run is its first stage alone."""
 REWINDS = ("none", "initial", "step")
 
 
@@ -23,11 +25,12 @@ class RSSTConfig(TrainingArguments):
         method="rsst"    train, then per round: rsst (channels chosen, decayed away, cut at the end), recover
         method="refill"  train, then per round: prune (channels chosen and cut, survivors rewound), recover
         method="dense"   train
+        method="scratch" train; a recipe then builds its model anew at the size that `pruning` would leave
 
     `num_train_epochs` is the length of the first stage; 0 starts from the weights as they are given.
     """
 
-    method: str = field(default="rsst", metadata={"help": "rsst, refill or dense."})
+    method: str = field(default="rsst", metadata={"help": f"One of {list(METHODS)}."})
     num_rounds: int = field(
         default=1, metadata={"help": "Rounds; after round i of S the density is (1-sparsity)^(i/S)."}
     )
@@ -171,11 +174,12 @@ class RSSTConfig(TrainingArguments):
             ignored += ["schedule_power"]
         if self.distillation_weight == 0:
             ignored += ["distillation_temperature"]
-        if self.method != "refill":
+        keeps_point = self.method == "dense" and self.rewind == "step"  # for runs that take its stage as their first
+        if self.method != "refill" and not keeps_point:
             ignored += ["rewind"]
-        if self.method != "refill" or self.rewind != "step":
+        if not keeps_point and (self.method != "refill" or self.rewind != "step"):
             ignored += ["rewind_step"]
-        if self.method == "dense":
+        if self.method in UNPRUNED:
             ignored += ["num_rounds", "recovery_epochs", "recovery_learning_rate", "distillation_weight"]
         defaults = {f.name: f.default for f in fields(self)}
         if names := [name for name in ignored if getattr(self, name) != defaults[name]]:
