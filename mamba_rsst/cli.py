@@ -1,4 +1,4 @@
-"""The command line: train, sweep, prune, inspect, eval, bench, convert, export, push. Bad input: a sentence, exit 2."""
+"""The command line: train, sweep, prune, inspect, eval, bench, convert, export, push. An error: a sentence, exit 2."""
 
 import argparse
 import os

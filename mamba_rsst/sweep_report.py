@@ -129,7 +129,6 @@ def _cells(results: dict) -> tuple[list[str], list[list[str]]]:
     rows, percent = results["table"], results["metric"] != "perplexity"
     keys = list(dict.fromkeys(key for row in rows for key in row["point"]))
     several = any(len(row["seeds"]) > 1 for row in rows)
-    item = (results["speed"] or "images_per_s").removesuffix("s_per_s")
     quality = ("Accuracy, %", "Against dense, points") if percent else ("Perplexity", "Against dense")
 
     def metric(stat, signed=False):
@@ -150,7 +149,7 @@ def _cells(results: dict) -> tuple[list[str], list[list[str]]]:
         return f"{stat['mean']:.2f}×" + (f" ± {stat['std']:.2f}" if stat["std"] is not None else "")
 
     titles = ["Run", *(key.rpartition(".")[2] for key in keys), *["n"] * several, *quality, "Right after the cut"]
-    titles += ["Params", "MACs", f"{item.title()}s/s", "Seconds"]
+    titles += ["Params", "MACs", "Speed", "Time, s"]
     lines = []
     for row in rows:
         cells = [row["name"], *(str(row["point"].get(key, MISSING)) for key in keys)]
@@ -163,9 +162,9 @@ def _cells(results: dict) -> tuple[list[str], list[list[str]]]:
 
 def _notes(results: dict) -> list[str]:
     notes = ["Mean ± standard deviation over n seeds."] if any(len(r["seeds"]) > 1 for r in results["table"]) else []
-    what = "an image" if results["speed"] == "images_per_s" else "a token"
-    notes.append(f"Params, MACs ({what}) and speed: against the dense network, measured side by side.")
-    notes.append("Seconds: of all training, a first stage that several runs share included in each.")
+    what = "image" if results["speed"] == "images_per_s" else "token"
+    notes.append(f"Params, MACs / {what} and speed ({what}s / s): against the dense network, measured side by side.")
+    notes.append("Time: of all training, a first stage that several runs share included in each.")
     if results["devices"]:
         notes.append(f"Measured on {'; '.join(results['devices'])}.")
     counts = Counter(run["status"] for run in results["runs"])
@@ -197,7 +196,7 @@ def print_table(results: dict, console=None) -> None:
 
     console = console or Console()
     titles, lines = _cells(results)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, caption=" ".join(_notes(results)))
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, caption=" ".join(_notes(results)))
     for i, title in enumerate(titles):
         table.add_column(title, justify="right" if i else "left", overflow="fold", min_width=_longest(title))
     for line in lines:
@@ -262,17 +261,37 @@ def plot(results: dict, path) -> Path:
             0, panels[0].plot([], [], marker="*", linestyle="", color=GREY, markersize=11, label="dense")[0]
         )
     figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=10)
+    note = "Bars: standard deviation over seeds. " * any(len(row["seeds"]) > 1 for row in rows)
+    note += "Dashed: dense. " * (len(baselines) == 1) + "Points that would hide one another stand side by side."
+    figure.supxlabel(note, fontsize=9, color=GREY)
     figure.draw_without_rendering()  # the layout, in which distances on paper are measured
     for panel, (key, _) in zip(panels, axes):
         if len(baselines) == 1:
             _band(panel, baselines[0]["final"], factor)
+        places = _places(panel, rows, key, factor)
         for name, (colour, _) in looks.items():
-            line = sorted((_x(row, key), factor * row["final"]["mean"]) for row in rows if _is(row, name))
+            line = sorted((places[i], factor * row["final"]["mean"]) for i, row in enumerate(rows) if _is(row, name))
             panel.plot(*zip(*line), color=colour, linewidth=1, alpha=0.6)
-        placed = []
-        for row in rows:
-            colour, marker = (GREY, "*") if row.get("baseline") else looks[row["name"]]
-            _point(panel, row, key, factor, placed, color=colour, marker=marker)
+        for x, row in zip(places, rows):
+            star = row.get("baseline")
+            colour, marker = (GREY, "*") if star else looks[row["name"]]
+            spread = row.get(key) if key == "speed_ratio" else None
+            panel.errorbar(
+                x,
+                factor * row["final"]["mean"],
+                yerr=None if star and len(baselines) == 1 else factor * (row["final"]["std"] or 0) or None,
+                xerr=(spread and spread["std"]) or None,
+                color=colour,
+                marker=marker,
+                markersize=_size(row),
+                linestyle="",
+                elinewidth=1.2,
+                capsize=2,
+                markeredgecolor="white",
+                markeredgewidth=0.5,
+                clip_on=False,
+                zorder=3,
+            )
     figure.savefig(png := io.BytesIO(), format="png")
     return write_atomic(path, png.getvalue())
 
@@ -292,35 +311,22 @@ def _band(panel, stat, factor) -> None:
         panel.axhspan(mean - std, mean + std, color=GREY, alpha=0.15, lw=0, zorder=0)
 
 
-def _point(panel, row, key, factor, placed, **look) -> None:
-    """Draw a row's point with its bars, as far aside as it takes to hide none of those `placed` before."""
-    from matplotlib.transforms import ScaledTranslation
+def _size(row) -> float:
+    return 12 if row.get("baseline") else 7
 
-    x, y, std = _x(row, key), factor * row["final"]["mean"], factor * (row["final"]["std"] or 0)
-    to_points = 72 / panel.figure.dpi
-    (across, low), (_, high) = (to_points * panel.transData.transform((x, y + side * std)) for side in (-1, 1))
-    size = 11 if look["marker"] == "*" else 7
-    low, high = low - size / 2, high + size / 2
-    step = size + 1.5
-    for shift in (sign * step * k for k in range(40) for sign in ((1, -1) if k else (1,))):
-        if not any(abs(across + shift - x0) < step and low < y1 and y0 < high for x0, y0, y1 in placed):
-            break
-    placed.append((across + shift, low, high))
-    moved = panel.transData + ScaledTranslation(shift / 72, 0, panel.figure.dpi_scale_trans)
-    sideways = row.get(key) if key == "speed_ratio" else None
-    panel.errorbar(
-        x,
-        y,
-        yerr=std or None,
-        xerr=(sideways and sideways["std"]) or None,
-        transform=moved,
-        markersize=size,
-        linestyle="",
-        elinewidth=1.2,
-        capsize=2,
-        markeredgecolor="white",
-        markeredgewidth=0.5,
-        clip_on=False,
-        zorder=3,
-        **look,
-    )
+
+def _places(panel, rows, key, factor) -> list[float]:
+    """Where along x each row's point is drawn: as far beside its own place as it takes to hide none before it."""
+    places, taken, to_points = [], [], 72 / panel.figure.dpi
+    for row in rows:
+        x, y, std = _x(row, key), factor * row["final"]["mean"], factor * (row["final"]["std"] or 0)
+        (own, low), (_, high) = (to_points * panel.transData.transform((x, y + side * std)) for side in (-1, 1))
+        size = _size(row)
+        low, high = low - size / 2, high + size / 2
+        for shift in sorted(range(-40, 41), key=lambda n: (abs(n), n < 0)):
+            at = own + shift * (size + 1.5)
+            if not any(abs(at - x0) < size + 1.5 and low < y1 and y0 < high for x0, y0, y1 in taken):
+                break
+        taken.append((at, low, high))
+        places.append(panel.transData.inverted().transform((at / to_points, 0))[0])
+    return places
