@@ -193,6 +193,8 @@ def _build(base: dict, changes: dict, name: str, point: dict, output_dir: str) -
     content = copy.deepcopy(base)
     words = [name, *(f"{short(key)}-{spell(value)}" for key, value in point.items())]
     folder = "_".join(re.sub(r"[^a-z0-9.+=]+", "-", word.lower()).strip("-.") for word in words)
+    if not re.search("[a-z0-9]", folder):
+        raise RecipeError(f"The run {name!r} needs a name with a letter or a digit, for its folder.")
     try:
         for key, value in changes.items():
             set_key(content, key, copy.deepcopy(value))
@@ -211,7 +213,7 @@ def _check_folders(runs: list[Run]) -> None:
         if taken[run.folder.name] > 1:
             twins = " and ".join(repr(other.title) for other in runs if other.folder == run.folder)
             raise RecipeError(f"The runs {twins} would share the folder {str(run.folder)!r}: give them other names.")
-        if run.folder.name in (FIRST_STAGES, "figures") or not re.search(r"[a-z0-9]", run.folder.name):
+        if run.folder.name in (FIRST_STAGES, "figures"):
             raise RecipeError(
                 f"The run {run.title!r} cannot have the folder {str(run.folder)!r}: give it another name."
             )
