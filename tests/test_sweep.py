@@ -385,8 +385,9 @@ def test_a_sweep_goes_on_in_the_middle_of_a_run(tmp_path, hasty, monkeypatch, ca
 def test_a_run_that_another_process_holds_is_left_to_it(tmp_path, hasty, capsys):
     path = write_sweep(tmp_path)
     sweep = load_sweep(path)
+    sweep_run._claim(sweep, resume=False)
     with sweep_run._lock(sweep_run._lock_file(sweep.runs[1].folder)) as mine:
-        assert mine and main(["sweep", str(path)]) == 0
+        assert mine and main(["sweep", str(path), "--resume"]) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [run["status"] for run in results["runs"]] == ["finished", "not finished", "finished"]
     with sweep_run._lock(sweep_run._lock_file(sweep.runs[1].folder)) as mine:
