@@ -10,7 +10,7 @@ import transformers
 from transformers import set_seed
 
 from . import card, evaluation, report, speed
-from .pruning import find_groups
+from .pruning import find_groups, weight_sparsity
 from .recipe import Recipe
 from .tasks import TASKS
 from .training.trainer import RSSTTrainer
@@ -97,11 +97,12 @@ def _finish(trainer: RSSTTrainer, recipe: Recipe, folder: Path) -> dict:
     (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; the recipe says the same, readably
     rows = {"dense": (place.model(1, stages), state.metrics["train"]["end"])}
     cuts = [i for i, stage in enumerate(stages) if stage.cut]
+    channels = trainer.args.method != "unstructured"
     if cuts:
         last = cuts[-1]
         recovers = last + 1 < len(stages)  # else the last stage's model, rewound or not, is the result
         metrics = state.metrics[stages[last].name]["after_cut" if recovers else "end"]
-        rows["cut"] = (place.model(last + 1, stages), metrics)
+        rows["cut" if channels else "masked"] = (place.model(last + 1, stages), metrics)
         if recovers:
             rows["recovered"] = (place.model(len(stages), stages), state.metrics[stages[-1].name]["end"])
     models = {name: type(model).from_pretrained(path).to(model.device) for name, (path, _) in rows.items()}
@@ -136,7 +137,9 @@ def _finish(trainer: RSSTTrainer, recipe: Recipe, folder: Path) -> dict:
         "seconds": state.seconds,
         "before_cut": {s.name: state.metrics[s.name]["before_cut"] for s in stages if s.cut},
     }
-    if cuts:
+    if cuts and not channels:
+        results["weight_sparsity"] = weight_sparsity(models[list(rows)[-1]], recipe.pruning.targets)
+    elif cuts:
         dense, kept = (
             {g.name: g for g in find_groups(models[n], recipe.pruning.targets)} for n in ("dense", list(rows)[-1])
         )

@@ -99,9 +99,7 @@ def remain(groups, calibration) -> Scores:
 def remain_l1(groups, calibration) -> Scores:
     """Sum of |w| over the channel's weights that survive the mask of `remain`; "magnitude" in Refill's scripts."""
     alive = _survivors(groups, calibration)
-    return {
-        g.name: sum(v.per_channel(v.tensor.detach().abs() * mask) for v, mask in alive[g.name]) for g in groups
-    }
+    return {g.name: sum(v.per_channel(v.tensor.detach().abs() * mask) for v, mask in alive[g.name]) for g in groups}
 
 
 def _survivors(groups, calibration) -> dict[str, list[tuple[View, Tensor]]]:

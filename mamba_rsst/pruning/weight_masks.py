@@ -69,9 +69,7 @@ def covered_weights(model: nn.Module, groups: Iterable[Group]) -> WeightMasks:
     covered: WeightMasks = {}
     for group in groups:
         for view in group.scored_views():
-            inside = covered.setdefault(
-                names[id(view.parameter)], torch.zeros(view.parameter.shape, dtype=torch.bool)
-            )
+            inside = covered.setdefault(names[id(view.parameter)], torch.zeros(view.parameter.shape, dtype=torch.bool))
             view.of(inside).fill_(True)
     return covered
 

@@ -24,7 +24,7 @@ class RSSTConfig(TrainingArguments):
         method="rsst"          train, then per round: rsst (channels chosen, decayed away, cut at the end), recover
         method="refill"        train, then per round: prune (channels chosen and cut, survivors rewound), recover
         method="prune"         the same without rewinding: one-shot pruning, or gradual with several rounds
-        method="unstructured"  train, then per round: mask (single weights zeroed, by magnitude), recover under the mask
+        method="unstructured"  train, then per round: mask (the smallest weights zeroed), recover under the mask
         method="dense"         train
 
     `spread_epochs` puts a stage before each choice in which all channels are decayed a little. `num_train_epochs` is
@@ -199,6 +199,10 @@ class RSSTConfig(TrainingArguments):
             )
 
     def _solves_lambda_max(self) -> bool:
+        """Whether a strength has to be found from the learning rates of a stage."""
+        return self.spread_epochs > 0 or self._solves_residual()
+
+    def _solves_residual(self) -> bool:
         return self.method == "rsst" and self.penalty == "growing_l2" and self.lambda_max is None
 
     @property
@@ -214,7 +218,7 @@ class RSSTConfig(TrainingArguments):
         return sparsity * (done if self.ramp == "linear" else 1.0 - (1.0 - done) ** 3)
 
     def _warn_of_ignored(self) -> None:
-        ignored = [] if self._solves_lambda_max() else ["residual"]
+        ignored = [] if self._solves_residual() else ["residual"]
         if self.method != "rsst":
             ignored += ["rsst_epochs", "rsst_learning_rate", "penalty", "schedule", "lambda_max", "penalty_scope"]
         if self.method != "rsst" or self.schedule not in ("power", "exp_power"):
