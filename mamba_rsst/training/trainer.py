@@ -113,6 +113,7 @@ class RSSTTrainer(Trainer):
         self._masks: Masks = {}  # of channels; of weights where the method is "unstructured"
         self._leaving_groups = []
         self._zeros: Masks = {}  # masks of weights that training must keep at zero
+        self._zeroed: tuple[list, list] | None = None  # those weights, and the factors that put the zeros back
         self._lambda_max = 0.0
         self._penalty_weight = torch.zeros((), device=args.device)  # lambda, where a recorded step can read it
         self._graphed: GraphedStep | None = None
@@ -146,7 +147,7 @@ class RSSTTrainer(Trainer):
         return output
 
     def _forget_masks(self) -> None:
-        self._masks, self._leaving_groups, self._zeros = {}, [], {}
+        self._masks, self._leaving_groups, self._zeros, self._zeroed = {}, [], {}, None
 
     def _open_run(self, resume: bool) -> None:
         folder = self.run_folder
@@ -524,12 +525,20 @@ class RSSTTrainer(Trainer):
     def _decay_step(self) -> None:
         """After the optimizer's step: w <- w (1 - lr lambda) on the leaving channels; masked weights back to zero."""
         if self._zeros:
-            apply_weight_masks_(self.accelerator.unwrap_model(self.model), self._zeros)
+            self._put_zeros_back()
         if self._decaying("growing_l2") and not self.accelerator.optimizer_step_was_skipped:
             amount = self.optimizer.param_groups[0]["lr"] * self._lambda()
             if self._solves(self._stage):
                 amount = min(amount, MAX_DECAY)  # the bound under which the strength was solved for
             self._decay(amount)
+
+    @torch.no_grad()
+    def _put_zeros_back(self) -> None:
+        if self._zeroed is None:  # found once a stage: in every step the names alone would cost a millisecond
+            parameters = dict(self.accelerator.unwrap_model(self.model).named_parameters())
+            weights = [parameters[name] for name in self._zeros]
+            self._zeroed = weights, [mask.to(w.device, w.dtype) for w, mask in zip(weights, self._zeros.values())]
+        torch._foreach_mul_(*self._zeroed)
 
     def _decay(self, amount: float) -> None:
         if not self.args.cuda_graphs:
