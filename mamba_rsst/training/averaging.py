@@ -21,7 +21,7 @@ class WeightAverage(TrainerCallback):
     """
 
     FILE = "averages.safetensors"
-    """In every checkpoint of a stage that averages; its model.safetensors holds the weights that training goes on from."""
+    """In every checkpoint of a stage that averages. The plain weights, which training goes on from, lie beside it."""
 
     def __init__(self, decay: float):
         self.decay = decay
