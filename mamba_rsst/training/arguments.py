@@ -29,6 +29,11 @@ class RSSTConfig(TrainingArguments):
 
     `spread_epochs` puts a stage before each choice in which all channels are decayed a little. `num_train_epochs` is
     the length of the first stage; 0 starts from the weights as they are given.
+
+    With `ema_decay` each stage averages its weights anew (see `averaging.WeightAverage`); its evaluations see the
+    average, and so does all that follows it: selection, cut, teacher, the next stage. A stage that decays channels
+    keeps its plain weights, since an average would bring the leaving channels back. So does the point that rewinding
+    goes back to, since training goes on from there.
     """
 
     method: str = field(default="rsst", metadata={"help": f"One of {list(METHODS)}."})
@@ -97,6 +102,13 @@ class RSSTConfig(TrainingArguments):
         },
     )
     distillation_temperature: float = field(default=2.0, metadata={"help": "Temperature T of the soft targets."})
+    ema_decay: float = field(
+        default=0.0,
+        metadata={
+            "help": "Decay of an exponential moving average of the weights, 0.999 or so; 0 = none. Evaluations and "
+            "the end of a stage take the average, except in a stage that decays channels."
+        },
+    )
     compile_blocks: bool = field(
         default=False,
         metadata={"help": "torch.compile each block by itself: fused kernels, seconds to compile, once per width."},
@@ -165,6 +177,11 @@ class RSSTConfig(TrainingArguments):
                 raise ValueError(f"`round_rate` removes the same fraction in each round: ramp={self.ramp!r} does not.")
         if self.spread_epochs > 0 and self.method == "unstructured":
             raise ValueError("`spread_epochs` spreads the scores of channels; method='unstructured' removes weights.")
+        if not 0.0 <= self.ema_decay < 1.0:
+            raise ValueError(f"`ema_decay` must be in [0, 1), got {self.ema_decay}.")
+        optimizer = str(getattr(self.optim, "value", self.optim))
+        if self.ema_decay > 0 and optimizer.startswith("schedule_free"):
+            raise ValueError(f"`ema_decay` does not go with optim={optimizer!r}, which averages the weights itself.")
         if not 0.0 <= self.distillation_weight <= 1.0:
             raise ValueError(f"`distillation_weight` must be in [0, 1], got {self.distillation_weight}.")
         if self.distillation_temperature <= 0:
@@ -225,6 +242,8 @@ class RSSTConfig(TrainingArguments):
             ignored += ["schedule_power"]
         if self.distillation_weight == 0:
             ignored += ["distillation_temperature"]
+        if self.method == "rsst" and not self.num_train_epochs and not self.recovery_epochs:
+            ignored += ["ema_decay"]  # no stage but those that decay channels
         if self.rewind != "step":
             ignored += ["rewind_step"]
         if self.spread_epochs == 0:

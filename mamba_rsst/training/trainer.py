@@ -35,6 +35,7 @@ from ..pruning.prune import score_groups
 from ..pruning.schedules import schedule_value
 from ..pruning.weight_masks import check_weight_pruning, check_weight_sparsity
 from .arguments import RSSTConfig
+from .averaging import WeightAverage
 from .compiling import compile_blocks_
 from .data import EpochSampler
 from .distillation import soft_target_loss
@@ -102,6 +103,8 @@ class RSSTTrainer(Trainer):
         super().__init__(model=model, args=args, **kwargs)
         if args.method != "dense" and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("Channels cannot be scored and cut in weights that FSDP or DeepSpeed has sharded.")
+        if args.ema_decay > 0 and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError("`ema_decay` averages whole weights, not those that FSDP or DeepSpeed has sharded.")
         self.pruning = pruning
         self.eval_data_collator = eval_data_collator
         self.calibration = None if calibration is None else list(calibration)  # read again in every round
@@ -121,6 +124,8 @@ class RSSTTrainer(Trainer):
         self._clock = (time.perf_counter(), 0)
         self._parameter_count: int | None = None
         self._check_decay()
+        self._average = WeightAverage(args.ema_decay)
+        self.callback_handler.callbacks.insert(0, self._average)  # others see the average when a stage's training ends
         self.add_callback(_StageCallback(self))
 
     # ---- the run: stages, one after the other ----------------------------------------------------------------------
@@ -144,6 +149,7 @@ class RSSTTrainer(Trainer):
                 setattr(self.args, name, getattr(whole_run, name))
             self._stage = None
             self._forget_masks()
+            self._average.stop()
         return output
 
     def _forget_masks(self) -> None:
@@ -206,9 +212,10 @@ class RSSTTrainer(Trainer):
             if self.args.compile_blocks:
                 compile_blocks_(self.model)
             set_seed(self.args.seed + index)
-            output = super().train(
-                resume_from_checkpoint=last_complete_checkpoint(folder, self.args.world_size), **kwargs
-            )
+            checkpoint = last_complete_checkpoint(folder, self.args.world_size)
+            if self.args.ema_decay > 0 and not stage.decay:
+                self._average.start(self.model, checkpoint)
+            output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
             self._graphed = self._graphed_decay = None  # and with them the memory of a step's activations
         else:
             self.state.log_history, self.state.epoch = [], 0
@@ -347,11 +354,18 @@ class RSSTTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def evaluate(self, *args, **kwargs) -> dict:
-        """Trainer's, without touching the random numbers of training, since a resumed run may skip an evaluation."""
-        with torch.random.fork_rng(devices=[]):
+        """Trainer's, of the averaged weights where they are averaged, and without touching the random numbers of
+        training, since a resumed run may skip an evaluation."""
+        with torch.random.fork_rng(devices=[]), self._average.in_place():
             metrics = super().evaluate(*args, **kwargs)
         self._start_clock()
         return metrics
+
+    def _save_optimizer_and_scheduler(self, output_dir) -> None:
+        """Trainer's, and the averages: before trainer_state.json, which says that the checkpoint is complete."""
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            self._average.save(output_dir)
 
     def _start_clock(self) -> None:
         self._clock = (time.perf_counter(), self.state.global_step)

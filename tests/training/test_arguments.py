@@ -42,6 +42,9 @@ def test_every_method_and_schedule_is_accepted(tmp_path, method, schedule):
         (dict(lambda_max=-0.1), ["`lambda_max`", "-0.1"]),
         (dict(residual=0.0), ["`residual`", "0.0"]),
         (dict(residual=1.0), ["`residual`", "1.0"]),
+        (dict(ema_decay=1.0), ["`ema_decay`", "1.0"]),
+        (dict(ema_decay=-0.1), ["`ema_decay`", "-0.1"]),
+        (dict(ema_decay=0.9, optim="schedule_free_adamw"), ["`ema_decay`", "'schedule_free_adamw'"]),
         (dict(distillation_weight=1.1), ["`distillation_weight`", "1.1"]),
         (dict(distillation_weight=-0.1), ["`distillation_weight`", "-0.1"]),
         (dict(distillation_temperature=0), ["`distillation_temperature`", "0"]),
@@ -81,6 +84,7 @@ def test_a_bad_argument_is_named_with_its_value_and_the_choices(tmp_path, argume
         dict(method="rsst", num_rounds=3, round_rate=0.2),
         dict(method="prune", spread_epochs=1, spread_residual=0.9),
         dict(distillation_weight=1.0),
+        dict(num_train_epochs=0, rsst_epochs=2, recovery_epochs=1, ema_decay=0.99),
         dict(lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="epoch", lambda_max=1.0),
         dict(lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="epoch", penalty="group_lasso"),
     ],
@@ -105,6 +109,7 @@ def test_the_edges_of_the_ranges_are_allowed_without_a_word(tmp_path, arguments)
         (dict(method="refill", rewind_step=3), ["rewind_step"]),
         (dict(method="dense", num_rounds=2, distillation_weight=0.5), ["num_rounds", "distillation_weight"]),
         (dict(method="dense", recovery_epochs=2), ["recovery_epochs"]),
+        (dict(num_train_epochs=0, rsst_epochs=2, ema_decay=0.99), ["ema_decay"]),
     ],
 )
 def test_a_setting_that_will_be_ignored_is_a_warning(tmp_path, arguments, ignored):
