@@ -17,6 +17,8 @@ best ones were kept whole and the others were cut out (refill, Chen et al. 2022)
     "unstructured": """The network was trained, and the smallest of its single weights were set to zero and kept there
 (unstructured magnitude pruning). Its tensors are as large as before: on ordinary hardware it is not faster.""",
 }
+SCRATCH = """Ordinary training from new weights, of a network as small as pruning would have left it: the control that
+a pruned one must beat."""
 TARGETS = {"d_inner": "channels of the state-space layers", "intermediate_size": "neurons of the MLPs"}
 NOT_PRUNED = "It is not pruned: the baseline that pruned models are compared with."
 PRUNED = """It was made smaller by *structured pruning*: whole channels were taken out of its layers. The tensors
@@ -105,7 +107,9 @@ def _card_text(results, words, recipe, dataset, repo) -> str:
     done += [f"- parameters: {results['param_reduction']:.1%} fewer"] if "param_reduction" in results else []
     if "weight_sparsity" in results:
         done.append(f"- weights that are zero: {results['weight_sparsity']:.1%} of those that may be masked")
-    done = "\n".join(done) if last != "dense" else "Ordinary training; no channel was removed."
+    if last == "dense":
+        done = [SCRATCH if method == "scratch" else "Ordinary training; no channel was removed."]
+    done = "\n".join(done)
     minutes = f"{results['seconds'] / 60:.1f}" if "seconds" in results else MISSING
     versions = ", ".join(" ".join(map(str, item)) for item in results.get("versions", {}).items())
     return f"""# {repo.split("/")[-1]}

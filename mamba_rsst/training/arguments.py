@@ -10,7 +10,9 @@ from ..pruning.penalty import PENALTIES, PENALTY_SCOPES
 from ..pruning.schedules import SCHEDULES
 
 
-METHODS = ("rsst", "refill", "prune", "unstructured", "dense")
+METHODS = ("rsst", "refill", "prune", "unstructured", "dense", "scratch")
+UNPRUNED = ("dense", "scratch")
+"""Methods whose run is its first stage alone."""
 REWINDS = ("none", "initial", "step")
 RAMPS = ("geometric", "linear", "cubic")
 
@@ -26,6 +28,7 @@ class RSSTConfig(TrainingArguments):
         method="prune"         the same without rewinding: one-shot pruning, or gradual with several rounds
         method="unstructured"  train, then per round: mask (the smallest weights zeroed), recover under the mask
         method="dense"         train
+        method="scratch"       train; a recipe then builds its model anew at the size that `pruning` would leave
 
     `spread_epochs` puts a stage before each choice in which all channels are decayed a little. `num_train_epochs` is
     the length of the first stage; 0 starts from the weights as they are given.
@@ -250,9 +253,11 @@ class RSSTConfig(TrainingArguments):
             ignored += ["spread_residual"]
         if self.num_rounds == 1:
             ignored += ["ramp"]
-        if self.method == "dense":
-            ignored += ["num_rounds", "round_rate", "rewind", "spread_epochs", "spread_residual", "ramp"]
+        if self.method in UNPRUNED:
+            ignored += ["num_rounds", "round_rate", "spread_epochs", "spread_residual", "ramp"]
             ignored += ["recovery_epochs", "recovery_learning_rate", "distillation_weight"]
+            if self.method == "scratch" or self.rewind != "step":  # dense: for runs that take its stage over
+                ignored += ["rewind"]
         defaults = {f.name: f.default for f in fields(self)}
         if names := [name for name in ignored if getattr(self, name) != defaults[name]]:
             warnings.warn(f"With method={self.method!r} and the other settings, {names} is ignored.", stacklevel=4)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..pruning import Masks
-from .arguments import RSSTConfig
+from .arguments import UNPRUNED, RSSTConfig
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def plan_stages(args: RSSTConfig) -> list[Stage]:
     """The stages of a run, see RSSTConfig."""
     epochs = float(args.num_train_epochs)
     stages = [Stage("train", epochs, args.learning_rate)]
-    if args.method == "dense":
+    if args.method in UNPRUNED:
         return stages
 
     def default(value, other):
@@ -81,6 +81,13 @@ class RunState:
     steps: int = 0
     epochs: float = 0.0
     seconds: float = 0.0
+
+    def take_over(self, other: "RunState", channel_sparsity: bool) -> None:
+        """Begin where `other`, a run of one stage, ended. channel_sparsity: in the log, as of a run that prunes."""
+        more = {"channel_sparsity": 0.0} if channel_sparsity else {}
+        self.history = [{**entry, **more} if "loss" in entry else entry for entry in other.history]
+        self.metrics, self.done = dict(other.metrics), 1
+        self.steps, self.epochs, self.seconds = other.steps, other.epochs, other.seconds
 
 
 class RunFolder:

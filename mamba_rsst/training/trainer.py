@@ -34,11 +34,12 @@ from ..pruning.penalty import MAX_DECAY, check_amount, decay_, group_lasso, stre
 from ..pruning.prune import score_groups
 from ..pruning.schedules import schedule_value
 from ..pruning.weight_masks import check_weight_pruning, check_weight_sparsity
-from .arguments import RSSTConfig
+from .arguments import UNPRUNED, RSSTConfig
 from .averaging import WeightAverage
 from .compiling import compile_blocks_
 from .data import EpochSampler
 from .distillation import soft_target_loss
+from .first_stage import copy_first_stage, read_first_stage
 from .graphed_step import GraphedStep, capture
 from .rounds import (
     NOT_UPLOADED,
@@ -62,7 +63,7 @@ class RSSTTrainer(Trainer):
     """Trains a model and prunes it on the way: RSST, Refill, at once or gradually, or not at all (see RSSTConfig).
 
     Beyond Trainer's arguments:
-    pruning: what to remove; needed unless args.method is "dense".
+    pruning: what to remove; needed unless args.method is "dense" or "scratch".
     eval_data_collator: collator of the evaluation set, where it differs from `data_collator`.
     calibration: batches that data-driven scores look at; default the first `calibration_batches` of training.
 
@@ -88,7 +89,7 @@ class RSSTTrainer(Trainer):
             raise ValueError(f"`args` must be an RSSTConfig, got {type(args).__name__}.")
         if kwargs.get("model_init") is not None or any(kwargs.get("optimizers") or ()):
             raise ValueError("RSSTTrainer takes a `model` and builds its optimizers itself, by `args.optim`.")
-        if args.method != "dense":
+        if args.method not in UNPRUNED:
             if pruning is None:
                 raise ValueError(f"method={args.method!r} needs `pruning`, a PruningConfig.")
             if model is not None:
@@ -101,7 +102,7 @@ class RSSTTrainer(Trainer):
             raise ValueError(f"`cuda_graphs` needs one process on one CUDA GPU; this run has {here}.")
         stages = plan_stages(args)
         super().__init__(model=model, args=args, **kwargs)
-        if args.method != "dense" and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if args.method not in UNPRUNED and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("Channels cannot be scored and cut in weights that FSDP or DeepSpeed has sharded.")
         if args.ema_decay > 0 and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("`ema_decay` averages whole weights, not those that FSDP or DeepSpeed has sharded.")
@@ -130,15 +131,17 @@ class RSSTTrainer(Trainer):
 
     # ---- the run: stages, one after the other ----------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: bool | None = None, **kwargs) -> TrainOutput:
+    def train(self, resume_from_checkpoint: bool | None = None, first_stage=None, **kwargs) -> TrainOutput:
         """Run the stages that are not done yet. Returns the last one's TrainOutput.
 
         resume_from_checkpoint: True goes on with the run in `args.output_dir`, under the same settings. Raises
         ValueError for a path: where a run goes on follows from its folder.
+        first_stage: folder of a finished run of method "dense" with the same model, data and settings, whose training
+        a new run takes over as its own first stage: the same weights, without training them again.
         """
         if resume_from_checkpoint not in (None, False, True):
             raise ValueError(f"`resume_from_checkpoint` is True or False here, got {resume_from_checkpoint!r}.")
-        self._open_run(bool(resume_from_checkpoint))
+        self._open_run(bool(resume_from_checkpoint), first_stage)
         output = TrainOutput(0, 0.0, {})
         whole_run = copy.copy(self.args)
         try:
@@ -155,7 +158,7 @@ class RSSTTrainer(Trainer):
     def _forget_masks(self) -> None:
         self._masks, self._leaving_groups, self._zeros, self._zeroed = {}, [], {}, None
 
-    def _open_run(self, resume: bool) -> None:
+    def _open_run(self, resume: bool, first_stage=None) -> None:
         folder = self.run_folder
         if folder.exists():
             if not resume:
@@ -172,7 +175,15 @@ class RSSTTrainer(Trainer):
             raise ValueError(f"{str(folder.path)!r} holds no run to resume.")
         widths = {g.name: g.size for g in self._groups()} if self.pruning else {}
         self.run_state = RunState([s.name for s in self.stages], settings=self._settings(), dense_widths=widths)
+        taken = first_stage and read_first_stage(first_stage, self.run_state.settings)
         self._save_model_folder(folder.start)
+        if taken:
+            if self.is_world_process_zero():
+                point = self.args.rewind == "step"  # a run that rewinds to `start` must not find it
+                copy_first_stage(first_stage, folder.stage(0, self.stages[0]), point)
+            self.accelerator.wait_for_everyone()
+            self.run_state.take_over(taken, channel_sparsity=bool(widths))
+            self._set_model(folder.model(1, self.stages))
         self._write_state()
 
     def _settings(self) -> dict:
@@ -654,7 +665,8 @@ class _StageCallback(TrainerCallback):
 
     def _takes_rewind_point(self, args):
         stage = self.trainer._stage
-        return stage is not None and stage.round == 0 and args.method != "dense" and args.rewinds_to == "step"
+        takes = args.method != "scratch" and args.rewinds_to == "step"  # dense: for runs that take it over
+        return takes and stage is not None and stage.round == 0
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         # Said here too because accelerate does not reach a sampler that is wrapped twice (processes, skipped batches).
