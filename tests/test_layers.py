@@ -25,7 +25,10 @@ FLOORS = {
     "calibration": set(),
     "latency": {"pruning", "evaluation", "speed"},
     "report": {"models", "pruning", "supernet", "training"},
+    "figures": {"report"},
     "card": {"report"},
+    "saved_run": {"report", "training"},
+    "html_report": {"report", "figures", "card", "saved_run", "_version"},
     "tasks": {"models", "pruning", "supernet", "training", "hub", "convert", "evaluation", "speed"},
 }
 TOP = ("recipe", "run", "cli", "__init__", "__main__")

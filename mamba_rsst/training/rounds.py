@@ -79,6 +79,8 @@ class RunState:
     steps: int = 0
     epochs: float = 0.0
     seconds: float = 0.0
+    spent: dict[str, dict] = field(default_factory=dict)
+    """Finished stage -> {"epochs", "steps", "seconds"}; of an interrupted stage the seconds since it was resumed."""
 
 
 class RunFolder:
