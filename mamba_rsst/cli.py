@@ -1,4 +1,4 @@
-"""The command line: train, prune, inspect, eval, bench, report, convert, export, push. Bad input: one sentence, exit 2."""
+"""The command line: train, prune, inspect, eval, bench, report, convert, export, push. Bad input: one line, exit 2."""
 
 import argparse
 import os

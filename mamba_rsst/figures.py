@@ -109,14 +109,14 @@ def draw_scores(scores: dict):
 
     moments = [m for m in MOMENTS if any(m in both for both in scores.values())]
     figure = Figure(figsize=(9.6, 0.6 + 2.6 * len(scores)), dpi=150, layout="constrained", facecolor="white")
-    panels = figure.subplots(len(scores), len(moments), sharex="row", sharey="row", squeeze=False)
+    panels = figure.subplots(len(scores), len(moments), squeeze=False)
     for row, (target, both) in zip(panels, scores.items(), strict=True):
-        bins, logarithmic = _bins(np.concatenate([part for pair in both.values() for part in pair]))
         for panel, moment in zip(row, moments, strict=True):
             _plain(panel)
             if moment not in both:
                 panel.set_axis_off()
                 continue
+            bins, logarithmic = _bins(np.concatenate(both[moment]))
             kept, leaving = (np.clip(part, bins[0], bins[-1]) for part in both[moment])
             labels = ["leaving", "kept"]
             panel.hist([leaving, kept], bins, stacked=True, color=[ORANGE, BLUE], label=labels, linewidth=0)
@@ -139,7 +139,7 @@ def _bins(values):
 
     high, positive = values.max(), values[values > 0]
     if values.min() < 0 or not len(positive) or high <= 100 * positive.min():
-        low = min(0.0, values.min())
+        low = values.min()
         return np.linspace(low, high if high > low else low + 1, 41), False
     return np.geomspace(max(positive.min(), 1e-8 * high), high, 41), True
 

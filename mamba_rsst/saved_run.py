@@ -151,6 +151,11 @@ def _read_results(path: Path) -> dict:
         for key, value in row.items():
             if key != "name" and value is not None and not _is_number(value):
                 raise ValueError(f"{str(path)!r} is damaged: `{key}` of {row['name']!r} is {value!r}.")
+    removed = results.get("channel_sparsity") or {}
+    if not isinstance(removed, dict) or not all(map(_is_number, removed.values())):
+        raise ValueError(f"{str(path)!r} is damaged: `channel_sparsity` is {removed!r}.")
+    if not _is_number(results.get("seconds", 0)):
+        raise ValueError(f"{str(path)!r} is damaged: `seconds` is {results['seconds']!r}.")
     return results
 
 

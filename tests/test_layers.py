@@ -28,7 +28,8 @@ FLOORS = {
     "figures": {"report"},
     "card": {"report"},
     "saved_run": {"report", "training"},
-    "html_report": {"report", "figures", "card", "saved_run", "_version"},
+    "html_page": {"figures"},
+    "html_report": {"report", "figures", "html_page", "card", "saved_run", "training", "_version"},
     "tasks": {"models", "pruning", "supernet", "training", "hub", "convert", "evaluation", "speed"},
 }
 TOP = ("recipe", "run", "cli", "__init__", "__main__")
