@@ -97,9 +97,7 @@ def _card_text(results, words, recipe, dataset, repo) -> str:
     last = results["rows"][-1]["name"]
     figures = "![Channels kept in each layer](figures/widths.png)\n\n" if results.get("widths") else ""
     figures += "![Loss, quality and penalty](figures/training.png)" if results.get("trained", True) else ""
-    method = results.get("method")
-    if method == "refill" and results.get("allocation") == "scores":
-        method = "prune"  # Refill without its unstructured mask
+    method = method_of(results)
     done = [METHODS.get(method, f"Method: {method or MISSING}.")]
     done[0] += "\nThe smaller network was then trained on to recover.\n" if last == "recovered" else "\n"
     for target, removed in results.get("channel_sparsity", {}).items():
@@ -160,6 +158,14 @@ Seed {results.get("seed", MISSING)}, {minutes} minutes, with {versions or MISSIN
 Mamba [arXiv:2312.00752](https://arxiv.org/abs/2312.00752), Vision Mamba [2401.09417](https://arxiv.org/abs/2401.09417),
 structured lottery tickets (Chen et al. 2022) [2202.04736](https://arxiv.org/abs/2202.04736).
 """
+
+
+def method_of(results: dict) -> str | None:
+    """The method by the name that METHODS has for it."""
+    method = results.get("method")
+    if method == "refill" and results.get("allocation") == "scores":
+        return "prune"  # Refill without its unstructured mask
+    return method
 
 
 NOT_ON_THE_HUB = ("digits", "induction", "selective_copying")

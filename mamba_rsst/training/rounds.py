@@ -81,6 +81,8 @@ class RunState:
     steps: int = 0
     epochs: float = 0.0
     seconds: float = 0.0
+    spent: dict[str, dict] = field(default_factory=dict)
+    """Finished stage -> {"epochs", "steps", "seconds"}; of an interrupted stage the seconds since it was resumed."""
 
     def take_over(self, other: "RunState", channel_sparsity: bool) -> None:
         """Begin where `other`, a run of one stage, ended. channel_sparsity: in the log, as of a run that prunes."""

@@ -246,11 +246,12 @@ class RSSTTrainer(Trainer):
         self._save_model_folder(folder / "model")
         state = self.run_state
         state.history += self._with_offsets(self.state.log_history, stage)
-        if stage.epochs > 0:
-            state.steps, state.epochs = state.steps + self.state.global_step, state.epochs + self.state.epoch
+        steps, epochs = (self.state.global_step, self.state.epoch) if stage.epochs > 0 else (0, 0.0)
+        state.spent[stage.name] = {"epochs": epochs, "steps": steps, "seconds": time.time() - started}
+        state.steps, state.epochs = state.steps + steps, state.epochs + epochs
         state.metrics[stage.name] = metrics
         state.done = index + 1
-        state.seconds += time.time() - started
+        state.seconds += state.spent[stage.name]["seconds"]
         self._write_state()
         if self.is_world_process_zero():
             remove_checkpoints(folder)
