@@ -1,4 +1,4 @@
-"""The command line: train, sweep, prune, inspect, eval, bench, convert, export, push. An error: a sentence, exit 2."""
+"""The command line, one function a command. Bad input: one sentence, exit 2."""
 
 import argparse
 import os
@@ -150,6 +150,11 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", metavar="FILE", help="write the figures there too")
     bench.set_defaults(run=_bench)
 
+    page = commands.add_parser("report", help="one HTML page about a run, or about several compared")
+    page.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, finished or not")
+    page.add_argument("--out", metavar="FILE", help="default: RUN/report.html; of several runs, ./report.html")
+    page.set_defaults(run=_report)
+
     convert = commands.add_parser("convert", help="a Mamba checkpoint of transformers or mamba_ssm as this package's")
     convert.add_argument("model", help="folder or hub id")
     convert.add_argument("out", help="folder for the converted model; must not exist")
@@ -271,6 +276,17 @@ def _sparsity(args):
     if len(named) != len(args.sparsity):
         raise ValueError("--sparsity is one fraction, or TARGET=FRACTION once for each target.")
     return named
+
+
+def _report(args) -> None:
+    from pathlib import Path
+
+    from .html_report import write_report
+
+    if args.out is not None:
+        _writable(Path(args.out).expanduser(), args.out)
+    out = write_report([Path(run).expanduser() for run in args.runs], args.out and Path(args.out).expanduser())
+    print(f"Written to {out}; it needs no other file.")
 
 
 def _move(model, device: str) -> None:

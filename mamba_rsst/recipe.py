@@ -123,7 +123,7 @@ def build_recipe(content: dict, default_output: str = "runs/run") -> Recipe:
         raise RecipeError(f"training: {error}") from error
     if training.get("method") == "scratch" and content["model"].get("path") is not None:
         raise RecipeError("training.method=scratch builds a new model: it needs `model.preset`, not `model.path`.")
-    pruning = _section(PruningConfig, content.get("pruning"), "pruning")
+    pruning = _section(PruningConfig, _with_rate(content.get("pruning"), training), "pruning")
     method = training.get("method", "rsst")
     if pruning is None and method != "dense":
         raise RecipeError(f"The recipe needs a section `pruning` for training.method={method}.")
@@ -137,6 +137,13 @@ def build_recipe(content: dict, default_output: str = "runs/run") -> Recipe:
         pruning=pruning,
         training=training,
     )
+
+
+def _with_rate(pruning, training: dict):
+    """The section `pruning` with the sparsity that training.round_rate comes to, unless it names one itself."""
+    if isinstance(pruning, dict) and "sparsity" not in pruning and training.get("round_rate") is not None:
+        return {**pruning, "sparsity": 1.0 - (1.0 - training["round_rate"]) ** training.get("num_rounds", 1)}
+    return pruning
 
 
 SECTIONS = [f.name for f in dataclasses.fields(Recipe)]

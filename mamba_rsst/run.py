@@ -11,16 +11,15 @@ import torch
 import transformers
 from transformers import set_seed
 
-from . import card, evaluation, report, speed
-from .pruning import find_groups, prune_
+from . import card, evaluation, figures, report, speed
+from .pruning import find_groups, prune_, weight_sparsity
 from .recipe import Recipe, load_recipe
+from .report import LOG_FILE, RECIPE_FILE, RESULTS_FILE
 from .tasks import TASKS
 from .training.first_stage import differing_settings
 from .training.trainer import RSSTTrainer
 
 
-RECIPE_FILE = "recipe.yaml"
-RESULTS_FILE = "results.json"
 FULL_SIZE = "full_size"
 """Results of method "scratch": what the model would cost at its full size, measured beside it."""
 
@@ -127,11 +126,12 @@ def _finish(trainer: RSSTTrainer, recipe: Recipe, folder: Path, data) -> dict:
     (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; the recipe says the same, readably
     rows = {"dense": (place.model(1, stages), state.metrics["train"]["end"])}
     cuts = [i for i, stage in enumerate(stages) if stage.cut]
+    channels = trainer.args.method != "unstructured"
     if cuts:
         last = cuts[-1]
         recovers = last + 1 < len(stages)  # else the last stage's model, rewound or not, is the result
         metrics = state.metrics[stages[last].name]["after_cut" if recovers else "end"]
-        rows["cut"] = (place.model(last + 1, stages), metrics)
+        rows["cut" if channels else "masked"] = (place.model(last + 1, stages), metrics)
         if recovers:
             rows["recovered"] = (place.model(len(stages), stages), state.metrics[stages[-1].name]["end"])
     models = {name: type(model).from_pretrained(path).to(model.device) for name, (path, _) in rows.items()}
@@ -175,7 +175,9 @@ def _finish(trainer: RSSTTrainer, recipe: Recipe, folder: Path, data) -> dict:
         "seconds": state.seconds,
         "before_cut": {s.name: state.metrics[s.name]["before_cut"] for s in stages if s.cut},
     }
-    if cuts:
+    if cuts and not channels:
+        results["weight_sparsity"] = weight_sparsity(models[list(rows)[-1]], recipe.pruning.targets)
+    elif cuts:
         dense, kept = (
             {g.name: g for g in find_groups(models[n], recipe.pruning.targets)} for n in ("dense", list(rows)[-1])
         )
@@ -188,12 +190,12 @@ def _finish(trainer: RSSTTrainer, recipe: Recipe, folder: Path, data) -> dict:
         }
         results["channel_sparsity"] = {t: 1 - sum(w["kept"]) / sum(w["dense"]) for t, w in results["widths"].items()}
         results["param_reduction"] = 1 - table[-1]["parameters"] / table[0]["parameters"]
-        report.plot_widths(results["widths"], folder / "figures" / "widths.png")
+        figures.plot_widths(results["widths"], folder / "figures" / "widths.png")
     results["trained"] = any(key in entry for entry in state.history for key in ("loss", "eval_loss"))
     if results["trained"]:
-        report.plot_training(state.history, folder / "figures" / "training.png")
+        figures.plot_training(state.history, folder / "figures" / "training.png")
     lines = "".join(json.dumps(entry) + "\n" for entry in state.history)
-    report.write_atomic(folder / "training_log.jsonl", lines)
+    report.write_atomic(folder / LOG_FILE, lines)
     text = card.model_card(results, recipe.to_yaml(), base_model=recipe.model.path)
     report.write_atomic(folder / "README.md", text)
     report.write_atomic(folder / RESULTS_FILE, json.dumps(results, indent=1))  # last: it says that the run is finished

@@ -7,7 +7,8 @@ from collections import Counter
 from itertools import cycle
 from pathlib import Path
 
-from .report import BLUE, GREEN, GREY, MISSING, ORANGE, PURPLE, columns_of, human, write_atomic
+from .figures import BLUE, GREEN, GREY, ORANGE, PURPLE
+from .report import MISSING, columns_of, human, write_atomic
 
 
 SEED = "training.seed"

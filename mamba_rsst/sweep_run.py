@@ -12,7 +12,8 @@ import torch
 
 from . import report, sweep_report
 from .recipe import Recipe, RecipeError
-from .run import RECIPE_FILE, RESULTS_FILE, run_recipe
+from .report import RECIPE_FILE, RESULTS_FILE
+from .run import run_recipe
 from .sweep import Run, Sweep, folder_of, network_of, seed_of
 from .tasks import TASKS
 

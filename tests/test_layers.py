@@ -25,8 +25,12 @@ FLOORS = {
     "calibration": set(),
     "latency": {"pruning", "evaluation", "speed"},
     "report": {"models", "pruning", "supernet", "training"},
+    "figures": {"report"},
     "card": {"report"},
-    "sweep_report": {"report"},
+    "saved_run": {"report", "training"},
+    "html_page": {"figures"},
+    "html_report": {"report", "figures", "html_page", "card", "saved_run", "training", "_version"},
+    "sweep_report": {"report", "figures"},
     "tasks": {"models", "pruning", "supernet", "training", "hub", "convert", "evaluation", "speed"},
 }
 TOP = ("recipe", "run", "sweep", "sweep_run", "cli", "__init__", "__main__")
