@@ -101,12 +101,12 @@ def test_runs_come_in_order_and_each_once(tmp_path):
     runs = {"A": {}, "B": {"pruning.sparsity": 0.25}}
     sweep = load_sweep(write_sweep(tmp_path, runs=runs, grid=grid, set={"pruning.round_to": 2}))
     assert titles(sweep) == [
-        *("A, sparsity 0.3, seed 0", "A, sparsity 0.5, seed 0", "A, sparsity 0.5, seed 1"),
-        *("B, seed 0", "B, seed 1"),  # its own sparsity wins over the grid's
+        *("A, sparsity 0.3, seed 0", "B, seed 0"),  # B's own sparsity wins over the grid's
+        *("A, sparsity 0.5, seed 0", "A, sparsity 0.5, seed 1", "B, seed 1"),
     ]
-    assert [run.recipe.pruning.sparsity for run in sweep.runs] == [0.3, 0.5, 0.5, 0.25, 0.25]
+    assert [run.recipe.pruning.sparsity for run in sweep.runs] == [0.3, 0.25, 0.5, 0.5, 0.25]
     assert {run.recipe.pruning.round_to for run in sweep.runs} == {2}
-    assert sweep.runs[2].folder == tmp_path / "out" / "a_sparsity-0.5_seed-1"
+    assert sweep.runs[3].folder == tmp_path / "out" / "a_sparsity-0.5_seed-1"
 
 
 def test_the_command_line_changes_what_all_runs_have(tmp_path):
@@ -114,8 +114,15 @@ def test_the_command_line_changes_what_all_runs_have(tmp_path):
     sweep = load_sweep(path, ["training.num_train_epochs=5", "training.seed=7", f"output_dir={tmp_path / 'other'}"])
     assert [run.recipe.training["num_train_epochs"] for run in sweep.runs] == [5, 5, 2]  # a run's own wins
     assert {run.seed for run in sweep.runs} == {7} and sweep.output_dir == tmp_path / "other"
-    with pytest.raises(RecipeError, match="section.key=value"):
-        load_sweep(path, ["seed=7"])
+    sweep = load_sweep(path, ["runs.small.training.num_train_epochs=4", "training.num_train_epochs=5"])
+    assert [run.recipe.training["num_train_epochs"] for run in sweep.runs] == [5, 5, 4]
+    for override, words in (
+        ("seed=7", "section.key=value"),
+        ("runs.big.training.seed=7", "changes none of the runs"),
+        ("runs.small.training.sed=7", "'small'.*`training.sed`.*'seed'"),
+    ):
+        with pytest.raises(RecipeError, match=words):
+            load_sweep(path, [override])
 
 
 def test_the_resolved_file_is_the_same_sweep(tmp_path):
@@ -277,12 +284,12 @@ def test_a_sweep_from_beginning_to_end(swept, tmp_path, capsys, monkeypatch):
     folder, code, out, err = swept
     assert code == 2 and err.rstrip().endswith("error: 2 of 8 runs failed: too-much_seed-0, too-much_seed-1.")
     announced = re.findall(r"^Run \d of 8: (.+?) ─", out, re.M)
-    assert announced == [f"{name}, seed {seed}" for name in (*RUNS, "too much") for seed in (0, 1)]
+    assert announced == [f"{name}, seed {seed}" for seed in (0, 1) for name in (*RUNS, "too much")]
     assert out.count("First stage of several runs, seed") == 2
     results = json.loads((folder / "results.json").read_text())
-    assert [run["status"] for run in results["runs"]] == ["finished"] * 6 + ["failed"] * 2
+    assert [run["status"] for run in results["runs"]] == [*["finished"] * 3, "failed"] * 2
     assert "floor=0.9" in results["runs"][-1]["reason"]
-    for run in results["runs"][:6]:
+    for run in (*results["runs"][:3], *results["runs"][4:7]):
         own = json.loads((folder / run["folder"] / "results.json").read_text())
         assert run["final"] == own["rows"][-1]["accuracy"] and run["seconds"] == own["seconds"]
         first = next(d for d in results["dense"] if d["seed"] == run["seed"])
@@ -298,7 +305,7 @@ def test_a_sweep_from_beginning_to_end(swept, tmp_path, capsys, monkeypatch):
     made = {path: path.stat().st_mtime_ns for path in folder.glob("*_seed-*/results.json")}
     assert main(["sweep", str(tmp_path / "sweep.yaml"), "--resume"]) == 2
     again = capsys.readouterr().out
-    assert again.count("Run 7 of 8") == again.count("Run 8 of 8") == 1 and "Run 1 of 8" not in again
+    assert again.count("Run 4 of 8") == again.count("Run 8 of 8") == 1 and "Run 1 of 8" not in again
     assert made == {path: path.stat().st_mtime_ns for path in made} and len(made) == 6
 
     for argv, words in (([], "already holds a sweep"), (["--resume", "training.seed=3"], "from another sweep")):
