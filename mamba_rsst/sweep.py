@@ -161,9 +161,7 @@ def _override(text: str, output_dir: str, common: dict, variants: dict[str, dict
         return output_dir
     name = max((name for name in variants if key.startswith(f"runs.{name}.")), key=len, default=None)
     if name is None:
-        raise RecipeError(
-            f"The change {text!r} names none of the runs: runs.NAME.section.key=value, {list(variants)}."
-        )
+        raise RecipeError(f"{text!r} changes none of the runs {list(variants)}: runs.NAME.section.key=value.")
     change = parse_override(text.removeprefix(f"runs.{name}."))
     variants[name] |= _changes(dict([change]), f"runs: {name}")
     return output_dir
