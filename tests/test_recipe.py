@@ -10,7 +10,7 @@ from mamba_rsst.recipe import RecipeError, build_recipe, coerce, load_recipe
 
 
 ROOT = Path(__file__).parent.parent
-SHIPPED = sorted((ROOT / "recipes").glob("*/*.yaml"))
+SHIPPED = sorted(path for path in (ROOT / "recipes").glob("*/*.yaml") if path.parent.name != "sweeps")
 
 
 def content(**sections):

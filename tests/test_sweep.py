@@ -18,6 +18,7 @@ from mamba_rsst.cli import main
 from mamba_rsst.recipe import RecipeError, build_recipe, load_recipe
 from mamba_rsst.run import run_recipe
 from mamba_rsst.sweep import epochs_of, load_sweep
+from mamba_rsst.tasks.image_classification import ImageClassification
 from mamba_rsst.training.arguments import RSSTConfig
 from mamba_rsst.training.first_stage import LATER
 from mamba_rsst.training.trainer import RSSTTrainer
@@ -273,15 +274,24 @@ def test_scratch_needs_a_preset(tmp_path):
 
 # ---- a whole sweep ----
 @pytest.fixture
-def swept(tmp_path, hasty, capsys):
+def loads(monkeypatch):
+    """The recipes that data were loaded for."""
+    whole, calls = ImageClassification.load_data, []
+    monkeypatch.setattr(ImageClassification, "load_data", lambda self, r: calls.append(r) or whole(self, r))
+    return calls
+
+
+@pytest.fixture
+def swept(tmp_path, hasty, loads, capsys):
     """(folder, exit code, stdout, stderr) of a sweep with a run that must fail."""
     runs = {**RUNS, "too much": {"pruning.floor": 0.9}}
     path = write_sweep(tmp_path, runs=runs, grid={"training.seed": [0, 1]})
     return tmp_path / "out", main(["sweep", str(path)]), *capsys.readouterr()
 
 
-def test_a_sweep_from_beginning_to_end(swept, tmp_path, capsys, monkeypatch):
+def test_a_sweep_from_beginning_to_end(swept, tmp_path, loads, capsys, monkeypatch):
     folder, code, out, err = swept
+    assert len(loads) == 1
     assert code == 2 and err.rstrip().endswith("error: 2 of 8 runs failed: too-much_seed-0, too-much_seed-1.")
     announced = re.findall(r"^Run \d of 8: (.+?) ─", out, re.M)
     assert announced == [f"{name}, seed {seed}" for seed in (0, 1) for name in (*RUNS, "too much")]
@@ -350,15 +360,6 @@ def test_a_failed_first_stage_fails_its_runs_and_is_tried_once(tmp_path, hasty, 
     assert calls == ["dense", "scratch"]
     table = (tmp_path / "out" / "results.md").read_text()
     assert "rsst failed: its first stage: no luck" in table and "small failed: no luck" in table
-
-
-def test_data_are_loaded_once(tmp_path, hasty, monkeypatch):
-    from mamba_rsst.tasks.image_classification import ImageClassification
-
-    whole, calls = ImageClassification.load_data, []
-    monkeypatch.setattr(ImageClassification, "load_data", lambda self, recipe: calls.append(1) or whole(self, recipe))
-    assert main(["sweep", str(write_sweep(tmp_path))]) == 0
-    assert len(calls) == 1
 
 
 # ---- several processes, and their ends ----
