@@ -199,7 +199,8 @@ def print_table(results: dict, console=None) -> None:
     titles, lines = _cells(results)
     table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, caption=" ".join(_notes(results)))
     for i, title in enumerate(titles):
-        table.add_column(title, justify="right" if i else "left", overflow="fold", min_width=_longest(title))
+        words = f"{title} {' '.join(line[0] for line in lines)}" if i == 0 else title
+        table.add_column(title, justify="right" if i else "left", overflow="fold", min_width=min(_longest(words), 9))
     for line in lines:
         table.add_row(*line)
     console.print(table)
@@ -207,17 +208,17 @@ def print_table(results: dict, console=None) -> None:
         console.print(line, style="bold", markup=False, highlight=False)
 
 
-def _longest(title: str) -> int:
-    """Characters that a column takes at least: its title's words are not broken."""
-    return max(map(len, title.split()))
+def _longest(text: str) -> int:
+    """Characters of the longest word, which a column should not break."""
+    return max(map(len, text.split()))
 
 
 # ---- the figure ----
 def plot(results: dict, path) -> Path:
     """PNG: quality against parameters, multiply-accumulates and measured speed; bars: standard deviation over seeds.
 
-    The dense network is a star, and where all runs have the same one a line with a band. Points that would hide one
-    another are moved sideways.
+    The dense network is a star, and where all runs have the same one a line with a band. Points of equal size that
+    would hide one another are moved sideways; those of a speed never.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -237,7 +238,11 @@ def plot(results: dict, path) -> Path:
         panel.grid(axis="y", color="#D9D9D9", linewidth=0.6)
         panel.set_axisbelow(True)
         xs = [_x(row, key) for row in rows]
-        panel.set_xlim(0, 1.08 * max(xs))
+        if key == "speed_ratio":
+            room = 0.08 * (max(xs) - min(xs)) or 0.1
+            panel.set_xlim(min(xs) - room, max(xs) + room)
+        else:
+            panel.set_xlim(0, 1.08 * max(xs))
         panel.xaxis.set_major_locator(MaxNLocator(5))
         if key == "speed_ratio":
             panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
@@ -263,13 +268,15 @@ def plot(results: dict, path) -> Path:
         )
     figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=10)
     note = "Bars: standard deviation over seeds. " * any(len(row["seeds"]) > 1 for row in rows)
-    note += "Dashed: dense. " * (len(baselines) == 1) + "Points that would hide one another stand side by side."
+    note += "Dashed: dense. " * (len(baselines) == 1)
+    note += "At equal sizes points stand side by side where they would hide one another."
     figure.supxlabel(note, fontsize=9, color=GREY)
     figure.draw_without_rendering()  # the layout, in which distances on paper are measured
     for panel, (key, _) in zip(panels, axes):
         if len(baselines) == 1:
             _band(panel, baselines[0]["final"], factor)
-        places = _places(panel, rows, key, factor)
+        own = [_x(row, key) for row in rows]
+        places = own if key == "speed_ratio" else _places(panel, rows, key, factor)  # a speed was measured
         for name, (colour, _) in looks.items():
             line = sorted((places[i], factor * row["final"]["mean"]) for i, row in enumerate(rows) if _is(row, name))
             panel.plot(*zip(*line), color=colour, linewidth=1, alpha=0.6)
