@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="*",
         default=[],
         metavar="section.key=value",
-        help="changes to every run; output_dir=FOLDER is the sweep's",
+        help="changes to every run; runs.NAME.section.key=value to one; output_dir=FOLDER to the sweep",
     )
     sweep.add_argument("--resume", action="store_true", help="go on with a sweep, or join one that is going on")
     sweep.add_argument("--dry-run", action="store_true", help="print the runs, write nothing")
