@@ -149,10 +149,10 @@ def _tiles(run: SavedRun):
     for title, key, text, compared in columns_of(run.results):
         value, base = run.final.get(key), run.dense.get(key)
         if value is not None:
-            lines = [element("span", title), element("b", text(value))]
+            lines = [element("span", title), " ", element("b", text(value))]
             if base and run.final is not run.dense:
                 words = against.get(key, " dense" if key.endswith("_per_s") else " of dense")
-                lines.append(element("span", compared(value, base) + words))
+                lines += [" ", element("span", compared(value, base) + words)]
             yield element("li", *lines)
 
 
@@ -265,9 +265,8 @@ def _compare(numbered: dict[int, SavedRun]):
     rows = []
     for number, run in numbered.items():
         dense, final, pruned = run.dense.get(key), run.final.get(key), run.final is not run.dense
-        known = (
-            dict(zip((key for _, key, *_ in columns), cells_of(run.final, run.results)[1:])) if run.finished else {}
-        )
+        cells = cells_of(run.final, run.results)[1:] if run.finished else [MISSING] * len(columns)
+        known = {column[1]: cell for column, cell in zip(columns, cells)}
         rows.append(
             [
                 element("span", f"{number}. ", element("a", run.label, href=f"#run-{number}")),
@@ -291,9 +290,9 @@ def _compare(numbered: dict[int, SavedRun]):
         axis = f"{title.lower()} (%)" if key == "accuracy" else title.lower()
         drawn = figures.draw_comparison(_points(finished, key), (key, axis), costs)
         words = (
-            f"{title} against {', '.join(name for _, name in costs)}: a disc with the number of each run, and a ring "
+            f"{title} against {', '.join(name for _, name in costs)}: a disc with the number of each run, a ring for "
         )
-        words += "for the dense model that it began from. The figures stand in the table above."
+        words += "the dense model that it began from. The figures stand in the table above."
         yield figure(drawn, words, words)
 
 
