@@ -166,7 +166,7 @@ def _widths(run: SavedRun):
     kept = [f"{t} {sum(both['kept']):,} of {sum(both['dense']):,}" for t, both in drawn.items()]
     words = f"Channels kept in all layers together: {', '.join(kept)}."
     if not run.finished:
-        words += " Chosen, and not yet measured: the run has not finished."
+        words += " As the last choice leaves them: the run has not finished."
     layers = [f"{t}: {', '.join(map(str, both['kept']))}" for t, both in drawn.items()]
     return figure(figures.draw_widths(drawn), f"{words} Layer by layer, {'; '.join(layers)}.", words)
 
@@ -230,9 +230,10 @@ def _number(value, form: str) -> str:
 
 
 def _reproduce(run: SavedRun) -> list[Html]:
-    parts, recipe = [], run.path / RECIPE_FILE
+    path = run.path if run.path.name not in ("", "..") else run.path.resolve()
+    parts, recipe = [], path / RECIPE_FILE
     if recipe.is_file():
-        again = ["mamba-rsst", "train", str(recipe), f"training.output_dir={run.path}-again"]
+        again = ["mamba-rsst", "train", str(recipe), f"training.output_dir={path}-again"]
         parts.append(element("pre", element("code", shlex.join(again))))
         if not run.finished:
             resumed = shlex.join(["mamba-rsst", "train", str(recipe), "--resume"])
@@ -289,10 +290,11 @@ def _compare(numbered: dict[int, SavedRun]):
     if costs:
         axis = f"{title.lower()} (%)" if key == "accuracy" else title.lower()
         drawn = figures.draw_comparison(_points(finished, key), (key, axis), costs)
+        names = ", ".join(name for _, name in costs)
         words = (
-            f"{title} against {', '.join(name for _, name in costs)}: a disc with the number of each run, a ring for "
+            f"{title} against {names}: a disc with the number of each run, a ring for the dense model that it began "
         )
-        words += "the dense model that it began from. The figures stand in the table above."
+        words += "from. The figures stand in the table above."
         yield figure(drawn, words, words)
 
 

@@ -21,6 +21,7 @@ from tiny_runs import make_trainer
 from mamba_rsst import figures
 from mamba_rsst.cli import main
 from mamba_rsst.html_report import read_runs, report_page, write_report
+from mamba_rsst.recipe import load_recipe
 from mamba_rsst.report import cells_of
 from mamba_rsst.saved_run import read_run
 
@@ -228,6 +229,8 @@ def test_a_run_of_the_command_line(finished_run):
         assert f"{stage} {spent['epochs']:.4g} {spent['steps']} {spent['seconds']:,.1f} " in text
     assert " ".join((folder / "recipe.yaml").read_text().split()) in everything
     assert f"mamba-rsst train {folder}/recipe.yaml training.output_dir={folder}-again" in text
+    again = load_recipe(folder / "recipe.yaml", [f"training.output_dir={folder}-again"])
+    assert again.training == load_recipe(folder / "recipe.yaml").training | {"output_dir": f"{folder}-again"}
     assert len(run.history) == len((folder / "training_log.jsonl").read_text().splitlines())
     assert page.source == report_page(read_runs([folder]))  # the same run, the same page
     assert "not finished" not in text
@@ -403,7 +406,7 @@ def test_an_interrupted_run_shows_what_is_there(interrupted):
     assert {e["stage"] for e in run.history} == {"train", "rsst-1"}
     assert [e["step"] for e in run.history if "lambda" in e] == [4, 5, 6, 7]  # the first stage had three
     assert max(e["epoch"] for e in run.history) == pytest.approx(1 + 4 / 3)
-    assert "Chosen, and not yet measured" in text
+    assert "As the last choice leaves them: the run has not finished." in text
     assert sum(run.widths["d_inner"]["kept"]) == sum(run.widths["d_inner"]["dense"]) / 2
     assert "recipe.yaml" not in text and "--resume" not in text  # it was not started from a recipe
 
@@ -570,7 +573,8 @@ def test_the_page_in_chromium(tmp_path, finished_run, several):
     # Widths of a phone and of a desk, each in a frame that the page outside can measure.
     page = html.escape(file.read_text(encoding="utf-8"))
     frames = [f'<iframe width="{width}" height="800" srcdoc="{page}"></iframe>' for width in (360, 1100)]
-    measure = """<script>onload = () => { document.title = [...document.querySelectorAll('iframe')].map(({contentDocument: d}) =>
+    measure = """<script>onload = () => { const pages = [...document.querySelectorAll('iframe')]
+        document.title = pages.map(({contentDocument: d}) =>
         [d.documentElement.scrollWidth, d.images.length, [...d.images].filter(i => !i.naturalWidth).length,
          d.querySelector('h1').innerText]).join('|') }</script>"""
     (tmp_path / "frames.html").write_text(f"<!DOCTYPE html><meta charset=utf-8>{measure}{''.join(frames)}")
