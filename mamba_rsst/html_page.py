@@ -32,7 +32,7 @@ a { color: #0072B2; }
 table { border-collapse: collapse; font-size: .94rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
 caption { caption-side: bottom; text-align: left; padding-top: .5rem; min-width: 18rem; }
 caption span { display: block; position: sticky; left: 0; max-width: calc(100vw - 2rem); }
-th a { white-space: nowrap; }
+tbody th { white-space: nowrap; }
 th, td { padding: .4rem .9rem .4rem 0; text-align: right; vertical-align: top; border-bottom: 1px solid #d4d4d4; }
 th:first-child, td.words, th.words { text-align: left; }
 thead th { border-bottom: 2px solid #1a1a1a; vertical-align: bottom; }

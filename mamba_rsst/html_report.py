@@ -105,7 +105,8 @@ def _summary(run: SavedRun) -> str:
         f"{share:.1%} of the {TARGETS.get(target, 'channels')} ({target})"
         for target, share in (results.get("channel_sparsity") or {}).items()
     ]
-    sentence = f"{_method(run)} removed {' and '.join(removed) or 'nothing'} from {what}: {title.lower()} "
+    done = f"removed {' and '.join(removed)} from" if removed else "of"
+    sentence = f"{_method(run)} {done} {what}: {title.lower()} "
     if dense.get(key) is not None and final.get(key) is not None:
         points = " points" if key == "accuracy" else ""
         sentence += f"went from {text(dense[key])} to {quality} ({compared(final[key], dense[key])}{points})"
@@ -291,10 +292,8 @@ def _compare(numbered: dict[int, SavedRun]):
         axis = f"{title.lower()} (%)" if key == "accuracy" else title.lower()
         drawn = figures.draw_comparison(_points(finished, key), (key, axis), costs)
         names = ", ".join(name for _, name in costs)
-        words = (
-            f"{title} against {names}: a disc with the number of each run, a ring for the dense model that it began "
-        )
-        words += "from. The figures stand in the table above."
+        words = f"{title} against {names}: a disc with the number of each run, a ring for its own dense model. "
+        words += "The figures stand in the table above."
         yield figure(drawn, words, words)
 
 
