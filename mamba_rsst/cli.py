@@ -1,4 +1,4 @@
-"""The command line: train, prune, inspect, eval, bench, report, convert, export, push. Bad input: one line, exit 2."""
+"""The command line, one function a command. Bad input: one sentence, exit 2."""
 
 import argparse
 import os
@@ -11,7 +11,7 @@ DEBUG_VARIABLE = "MAMBA_RSST_DEBUG"
 def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
-    if args.command == "train" and all("=" in word and not word.startswith("-") for word in rest):
+    if args.command in ("train", "sweep") and all("=" in word and not word.startswith("-") for word in rest):
         args.overrides += rest  # argparse takes no positional arguments behind an option: train RECIPE --resume a.b=c
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"mamba-rsst {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        hint = "; go on with --resume" if args.command == "train" else ""
+        hint = "; go on with --resume" if args.command in ("train", "sweep") else ""
         print(f"\nmamba-rsst {args.command}: interrupted{hint}.", file=sys.stderr)
         return 130
     return 0
@@ -50,6 +50,19 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="changes to the recipe")
     train.add_argument("--resume", action="store_true", help="go on with an interrupted run, same recipe")
     train.set_defaults(run=_train)
+
+    sweep = commands.add_parser("sweep", help="many runs from one file, gathered into one table and one figure")
+    sweep.add_argument("sweep", help="YAML file, see recipes/sweeps/")
+    sweep.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="section.key=value",
+        help="changes to every run; output_dir=FOLDER is the sweep's",
+    )
+    sweep.add_argument("--resume", action="store_true", help="go on with a sweep, or join one that is going on")
+    sweep.add_argument("--dry-run", action="store_true", help="print the runs, write nothing")
+    sweep.set_defaults(run=_sweep)
 
     prune = commands.add_parser("prune", help="cut a checkpoint in one shot, without training")
     prune.add_argument("model", help="folder or hub id")
@@ -168,6 +181,24 @@ def _train(args) -> None:
     from .run import run_recipe
 
     run_recipe(load_recipe(args.recipe, args.overrides), resume=args.resume)
+
+
+def _sweep(args) -> None:
+    from .sweep import load_sweep, print_plan
+
+    sweep = load_sweep(args.sweep, args.overrides)
+    if args.dry_run:
+        print_plan(sweep)
+        return
+    from .sweep_report import print_table
+    from .sweep_run import run_sweep
+
+    results = run_sweep(sweep, resume=args.resume)
+    print_table(results)
+    print(f"\nSaved to {sweep.output_dir}: results.md, results.json and figures/sweep.png.")
+    failed = [run["folder"] for run in results["runs"] if run["status"] == "failed"]
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(results['runs'])} runs failed: {', '.join(failed)}.")
 
 
 def _fraction(word: str):

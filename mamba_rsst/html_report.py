@@ -13,7 +13,14 @@ from .saved_run import SavedRun, read_run
 from .training.rounds import RunFolder
 
 
-METHOD_NAMES = {"rsst": "RSST", "refill": "Refill", "one shot": "One-shot pruning", "dense": "Dense training"}
+METHOD_NAMES = {
+    "rsst": "RSST",
+    "refill": "Refill",
+    "prune": "Pruning by scores",
+    "unstructured": "Unstructured masks",
+    "dense": "Dense training",
+    "scratch": "The pruned size from new weights",
+}
 
 
 def write_report(folders: list[str | Path], out: str | Path | None = None) -> Path:
