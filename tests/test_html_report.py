@@ -244,13 +244,28 @@ def test_a_dense_run_claims_no_pruning(tmp_path):
     folder = write_run(tmp_path / "dense", results, state, RECIPE | {"pruning": None}, HISTORY[:1])
     text = read_page(folder).check().text()
     assert "mamba_tiny on pets was trained without pruning: accuracy 81.25%." in text
-    assert "A dense run scores no channels." in text
+    assert "A run that prunes nothing scores no channels." in text
     assert "Channels kept" not in text and "removed" not in text and "against dense ×" not in text
+
+
+def test_methods_that_cut_no_channels(tmp_path):
+    results = {key: value for key, value in RESULTS.items() if key not in ("widths", "channel_sparsity")}
+    masked = RESULTS["rows"][0] | {"name": "masked", "accuracy": 0.75, "images_per_s": 1588.0 * 1.25}
+    masked = results | {"method": "unstructured", "weight_sparsity": 0.625, "rows": [RESULTS["rows"][0], masked]}
+    text = read_page(write_run(tmp_path / "masked", masked)).check().text()
+    assert "Unstructured masks removed 62.5% of the weights that may be masked from mamba_tiny on pets" in text
+    assert "(-6.25 points), with 1.25 times the images a second. The network was trained, and the smallest" in text
+    full = {"parameters": 52200, "macs": 914_000, "images_per_s": 794.0}
+    small = results | {"method": "scratch", "rows": RESULTS["rows"][:1], "full_size": full}
+    text = read_page(write_run(tmp_path / "small", small)).check().text()
+    assert "was trained from new weights at a smaller size: accuracy 81.25%, with 50.0% fewer parameters, " in text
+    assert "50.0% fewer multiply-accumulates and 2.00 times the images a second." in text
+    assert "Params 26.1k 50.0% of full size" in text and "against full size" not in text
 
 
 def test_a_language_model(tmp_path):
     text = read_page(language(tmp_path / "lm")).check().text()
-    assert "One-shot pruning of nano on films: perplexity went from 20.00 to 25.50 (+27.5%)" in text
+    assert "Pruning by scores of nano on films: perplexity went from 20.00 to 25.50 (+27.5%)" in text
     assert "2.00 times the tokens a second" in text and "Perplexity at the end" in text and "points" not in text
     assert "No scores were kept." in text
 
@@ -352,7 +367,7 @@ def test_what_cannot_be_compared_is_said_or_kept_apart(tmp_path):
     assert "Not the same in all these runs: the data, so that their quality cannot be compared; the device" in text
     assert text.count("Dense accuracy") == 1 and text.count("Dense perplexity") == 1
     assert "4. stopped RSST 81.25% not finished – – – – 80" in text
-    assert "2. lm One-shot pruning 20.00 25.50 +27.5%" in text
+    assert "2. lm Pruning by scores 20.00 25.50 +27.5%" in text
 
 
 def test_the_comparison_draws_each_run_once():
