@@ -492,7 +492,7 @@ def test_bad_input_in_a_process_of_its_own(tmp_path):
 
 def broken(folder, file, text):
     path = write_run(folder / "run") / file
-    path.parent.mkdir(parents=True, exist_ok=True)
+    write_scores(path.parents[file.count("/")])
     path.write_bytes(text if isinstance(text, bytes) else json.dumps(text).encode())
 
 
@@ -532,6 +532,12 @@ def test_damaged_files_are_named(tmp_path, capsys, file, text, said):
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_stopped_between_its_scores_and_its_masks(tmp_path):
+    write_scores(write_run(tmp_path / "run", results=None, state=STATE | {"done": 1}))
+    (tmp_path / "run" / "stages" / "1-rsst-1" / "masks.safetensors").unlink()
+    assert "No scores were kept." in read_page(tmp_path / "run").check().text()
 
 
 @pytest.mark.parametrize("masks", [{}, {"layers.0.mixer:d_inner": [1, 0]}], ids=["none", "other-size"])
