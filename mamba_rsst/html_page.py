@@ -31,6 +31,8 @@ a { color: #0072B2; }
 .scroll { overflow-x: auto; margin: .8rem 0; }
 table { border-collapse: collapse; font-size: .94rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
 caption { caption-side: bottom; text-align: left; padding-top: .5rem; min-width: 18rem; }
+caption span { display: block; position: sticky; left: 0; max-width: calc(100vw - 2rem); }
+tbody th { white-space: nowrap; }
 th, td { padding: .4rem .9rem .4rem 0; text-align: right; vertical-align: top; border-bottom: 1px solid #d4d4d4; }
 th:first-child, td.words, th.words { text-align: left; }
 thead th { border-bottom: 2px solid #1a1a1a; vertical-align: bottom; }
@@ -71,14 +73,23 @@ INLINE = ("a", "b", "code", "small", "span", "strong")
 
 def table(titles: list[str], rows: list[list[str]], caption: str, words: int = 0) -> Html:
     """The first column names its row; the `words` columns behind it hold words. "value (more)" takes two lines."""
+    name = titles[0]
     titles = [element("th", title, scope="col", **_aligned(i, words)) for i, title in enumerate(titles)]
     lines = []
     for first, *others in rows:
         cells = (element("td", *_two_lines(cell), **_aligned(i, words)) for i, cell in enumerate(others, 1))
         lines.append(element("tr", element("th", first, scope="row"), *cells))
-    parts = (element("caption", caption), element("thead", element("tr", *titles)), element("tbody", *lines))
-    # A table too wide for the screen scrolls by itself, by keyboard too.
-    return element("div", element("table", *parts), class_="scroll", role="region", aria_label="table", tabindex="0")
+    parts = (
+        element("caption", element("span", caption)),
+        element("thead", element("tr", *titles)),
+        element("tbody", *lines),
+    )
+    return element("div", element("table", *parts), **_scrolling(f"Table by {name.lower()}"))
+
+
+def _scrolling(label: str) -> dict:
+    """What is too wide for the screen scrolls by itself, by keyboard too."""
+    return {"class_": "scroll", "role": "region", "aria_label": label, "tabindex": "0"}
 
 
 def _aligned(column: int, words: int) -> dict:
@@ -97,7 +108,7 @@ def figure(drawn, alt: str, caption: str) -> Html:
     width, height = (f"{96 * inches:.0f}" for inches in drawn.get_size_inches())
     source = f'src="{svg_uri(drawn)}" width="{width}" height="{height}"'
     image = Html(f'<img {source} alt="{html.escape(alt)}">')
-    scroll = element("div", image, class_="scroll", role="region", aria_label="figure", tabindex="0")
+    scroll = element("div", image, **_scrolling("Figure"))
     return element("figure", scroll, element("figcaption", caption))
 
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from . import figures
 from ._version import __version__
-from .card import METHODS, TARGETS, method_of
+from .card import METHODS, SCRATCH, TARGETS, method_of
 from .html_page import GENERATOR, Html, element, figure, page, table
 from .report import MISSING, RECIPE_FILE, RESULTS_FILE, cells_of, columns_of, notes_of, write_atomic
 from .saved_run import SavedRun, read_run
+from .training.arguments import UNPRUNED
 from .training.rounds import RunFolder
 
 
@@ -101,32 +102,38 @@ def _summary(run: SavedRun) -> str:
     results, (title, key, text, compared) = run.results, run.quality
     model, data = results.get("model", "The model"), results.get("dataset")
     what = f"{model} on {Path(data).name}" if data else model
+    dense, final = run.dense.get(key), run.final.get(key)
     if not run.finished:
-        known = f"; its dense {title.lower()} is {text(run.dense[key])}" if run.dense.get(key) is not None else ""
+        known = f"; its dense {title.lower()} is {text(dense)}" if dense is not None else ""
         return f"{_method(run)} of {what}, not finished{known}."
-    final, dense = run.final, run.dense
-    quality = text(final[key]) if final.get(key) is not None else "not measured"
-    if final is dense:
-        return f"{what} was trained without pruning: {title.lower()} {quality}."
+    quality = "not measured" if final is None else text(final)
+    if run.final is run.dense:
+        how = "was trained from new weights at a smaller size" if run.base else "was trained without pruning"
+        return f"{what} {how}: {title.lower()} {quality}{_gains(run)}."
     removed = [
         f"{share:.1%} of the {TARGETS.get(target, 'channels')} ({target})"
         for target, share in (results.get("channel_sparsity") or {}).items()
     ]
-    sentence = f"{_method(run)} removed {' and '.join(removed) or 'nothing'} from {what}: {title.lower()} "
-    if dense.get(key) is not None and final.get(key) is not None:
+    if "weight_sparsity" in results:
+        removed.append(f"{results['weight_sparsity']:.1%} of the weights that may be masked")
+    if dense is not None and final is not None:
         points = " points" if key == "accuracy" else ""
-        sentence += f"went from {text(dense[key])} to {quality} ({compared(final[key], dense[key])}{points})"
-    else:
-        sentence += quality
+        quality = f"went from {text(dense)} to {quality} ({compared(final, dense)}{points})"
+    done = f"removed {' and '.join(removed)} from" if removed else "of"
+    return f"{_method(run)} {done} {what}: {title.lower()} {quality}{_gains(run)}."
+
+
+def _gains(run: SavedRun) -> str:
     gains = []
-    for name, words in (("parameters", "parameters"), ("macs", "multiply-accumulates")):
-        if dense.get(name) and final.get(name) is not None:
-            less = 1 - final[name] / dense[name]
-            gains.append(f"{abs(less):.1%} {'fewer' if less >= 0 else 'more'} {words}")
-    speed = next((key for _, key, *_ in columns_of(results) if key.endswith("_per_s")), None)
-    if dense.get(speed) and final.get(speed):
-        gains.append(f"{final[speed] / dense[speed]:.2f} times the {speed.partition('_')[0]} a second")
-    return sentence + (f", with {', '.join(gains[:-1])} and {gains[-1]}" if len(gains) > 1 else "") + "."
+    for key, words in (("parameters", "parameters"), ("macs", "multiply-accumulates")):
+        if run.base.get(key) and run.final.get(key) is not None and run.final[key] != run.base[key]:
+            less = 1 - run.final[key] / run.base[key]
+            gains.append(f"{abs(less):.1%} {'fewer' if less > 0 else 'more'} {words}")
+    for _, key, *_ in columns_of(run.results):
+        if key.endswith("_per_s") and run.base.get(key) and run.final.get(key) is not None:
+            gains.append(f"{run.final[key] / run.base[key]:.2f} times the {key.partition('_')[0]} a second")
+    *others, last = gains or [""]
+    return f", with {' and '.join([', '.join(others), last] if others else [last])}" if gains else ""
 
 
 def _progress(run: SavedRun) -> str:
@@ -147,19 +154,21 @@ def _how(run: SavedRun) -> list[Html]:
     if not run.finished:
         stopped = element("strong", "This run has not finished.")
         return [element("p", stopped, " ", _progress(run), class_="warning")]
-    method = METHODS.get(method_of(run.results))
-    return [element("p", method)] if method and run.final is not run.dense else []
+    method = method_of(run.results)
+    words = SCRATCH if method == "scratch" else METHODS.get(method)
+    return [element("p", words)] if words else []
 
 
 def _tiles(run: SavedRun):
-    against = {"accuracy": " points against dense", "perplexity": " against dense"}
+    base_name = "full size" if run.final is run.dense else "dense"
+    against = {"accuracy": f" points against {base_name}", "perplexity": f" against {base_name}"}
     for title, key, text, compared in columns_of(run.results):
-        value, base = run.final.get(key), run.dense.get(key)
+        value, base = run.final.get(key), run.base.get(key)
         if value is not None:
-            lines = [element("span", title), element("b", text(value))]
-            if base and run.final is not run.dense:
-                words = against.get(key, " dense" if key.endswith("_per_s") else " of dense")
-                lines.append(element("span", compared(value, base) + words))
+            lines = [element("span", title), " ", element("b", text(value))]
+            if base:
+                words = against.get(key, f" {base_name}" if key.endswith("_per_s") else f" of {base_name}")
+                lines += [" ", element("span", compared(value, base) + words)]
             yield element("li", *lines)
 
 
@@ -173,15 +182,15 @@ def _widths(run: SavedRun):
     kept = [f"{t} {sum(both['kept']):,} of {sum(both['dense']):,}" for t, both in drawn.items()]
     words = f"Channels kept in all layers together: {', '.join(kept)}."
     if not run.finished:
-        words += " Chosen, and not yet measured: the run has not finished."
+        words += " As the last choice leaves them: the run has not finished."
     layers = [f"{t}: {', '.join(map(str, both['kept']))}" for t, both in drawn.items()]
     return figure(figures.draw_widths(drawn), f"{words} Layer by layer, {'; '.join(layers)}.", words)
 
 
 def _scores(run: SavedRun) -> list[Html]:
     if not run.scores:
-        why = "A dense run scores no channels." if run.results.get("method") == "dense" else "No scores were kept."
-        return [element("p", why)]
+        unpruned = run.results.get("method") in UNPRUNED
+        return [element("p", "A run that prunes nothing scores no channels." if unpruned else "No scores were kept.")]
     normalised = {"mean": "divided by the mean of its layer", "max": "divided by the largest of its layer"}
     how = normalised.get(run.pruning.get("normalization", "mean"), "as it is")
     importance = run.pruning.get("importance") or "the default"
@@ -237,9 +246,10 @@ def _number(value, form: str) -> str:
 
 
 def _reproduce(run: SavedRun) -> list[Html]:
-    parts, recipe = [], run.path / RECIPE_FILE
+    path = run.path if run.path.name not in ("", "..") else run.path.resolve()
+    parts, recipe = [], path / RECIPE_FILE
     if recipe.is_file():
-        again = ["mamba-rsst", "train", str(recipe), f"training.output_dir={run.path}-again"]
+        again = ["mamba-rsst", "train", str(recipe), f"training.output_dir={path}-again"]
         parts.append(element("pre", element("code", shlex.join(again))))
         if not run.finished:
             resumed = shlex.join(["mamba-rsst", "train", str(recipe), "--resume"])
@@ -272,9 +282,8 @@ def _compare(numbered: dict[int, SavedRun]):
     rows = []
     for number, run in numbered.items():
         dense, final, pruned = run.dense.get(key), run.final.get(key), run.final is not run.dense
-        known = (
-            dict(zip((key for _, key, *_ in columns), cells_of(run.final, run.results)[1:])) if run.finished else {}
-        )
+        cells = cells_of(run.final, run.results)[1:] if run.finished else [MISSING] * len(columns)
+        known = {column[1]: cell for column, cell in zip(columns, cells)}
         rows.append(
             [
                 element("span", f"{number}. ", element("a", run.label, href=f"#run-{number}")),
@@ -297,10 +306,9 @@ def _compare(numbered: dict[int, SavedRun]):
     if costs:
         axis = f"{title.lower()} (%)" if key == "accuracy" else title.lower()
         drawn = figures.draw_comparison(_points(finished, key), (key, axis), costs)
-        words = (
-            f"{title} against {', '.join(name for _, name in costs)}: a disc with the number of each run, and a ring "
-        )
-        words += "for the dense model that it began from. The figures stand in the table above."
+        names = ", ".join(name for _, name in costs)
+        words = f"{title} against {names}: a disc with the number of each run, a ring for its own dense model. "
+        words += "The figures stand in the table above."
         yield figure(drawn, words, words)
 
 

@@ -45,6 +45,13 @@ class SavedRun:
         return next((row for row in self.results["rows"] if row["name"] == "dense"), {})
 
     @property
+    def base(self) -> dict:
+        """What the result is compared with: the dense model; the full size of one that was built small; else {}."""
+        if self.final is self.dense:
+            return self.results.get("full_size") or {}
+        return self.dense
+
+    @property
     def final(self) -> dict:
         """The row of the run's result, {} while there is none."""
         return self.results["rows"][-1] if self.finished else {}
@@ -86,8 +93,9 @@ def read_run(folder: str | Path, label: str | None = None) -> SavedRun:
         under_way=under_way,
         widths=results.get("widths") or {} if finished else _widths_so_far(state, masks),
         scores={
-            stage: _scores(file, masks.get(stage, {}), pruning.get("normalization", "mean"))
+            stage: _scores(file, masks[stage], pruning.get("normalization", "mean"))
             for stage, file in _stage_files(path, "scores.safetensors")
+            if stage in masks  # they are written first: a run may have been stopped between the two
         },
     )
 
@@ -151,11 +159,12 @@ def _read_results(path: Path) -> dict:
         for key, value in row.items():
             if key != "name" and value is not None and not _is_number(value):
                 raise ValueError(f"{str(path)!r} is damaged: `{key}` of {row['name']!r} is {value!r}.")
+    for key in ("seconds", "weight_sparsity"):
+        if not _is_number(results.get(key, 0)):
+            raise ValueError(f"{str(path)!r} is damaged: `{key}` is {results[key]!r}.")
     removed = results.get("channel_sparsity") or {}
     if not isinstance(removed, dict) or not all(map(_is_number, removed.values())):
         raise ValueError(f"{str(path)!r} is damaged: `channel_sparsity` is {removed!r}.")
-    if not _is_number(results.get("seconds", 0)):
-        raise ValueError(f"{str(path)!r} is damaged: `seconds` is {results['seconds']!r}.")
     return results
 
 

@@ -21,6 +21,7 @@ from tiny_runs import make_trainer
 from mamba_rsst import figures
 from mamba_rsst.cli import main
 from mamba_rsst.html_report import read_runs, report_page, write_report
+from mamba_rsst.recipe import load_recipe
 from mamba_rsst.report import cells_of
 from mamba_rsst.saved_run import read_run
 
@@ -208,18 +209,9 @@ def test_every_number_on_the_page_comes_from_the_files(tmp_path):
     assert "Channels by score in stage rsst-1: d_inner, 6 kept and 6 leaving; intermediate_size, 3 kept and 7" in text
     assert "Last logged: loss 0.875, accuracy 78.12%, share of the leaving channels 0.00123." in text
     # And no others: nothing is counted or made up on the way.
-    known = {
-        *["50.0", "70.0", "2.00", "3.12", "81.25", "78.12", "56.25", "59.38", "25.00"],
-        "26.1",
-        "7.83",
-        "30.0",
-        "457",
-        "137",
-    }
-    known |= {"1,588", "2,931", "3,176", "1,307", "1,602", "2,104", "2,978", "2,620", "3,335", "1.85", "64.7"}
-    known |= {"17.0", "11.0", "72", "43", "3.77", "9.9", "79.5", "1", "5", "31.5", "28.2"}
-    known |= {"6", "12", "3", "10", "7", "0.875", "0.00123"}
-    assert set(re.findall(r"\d[\d,.]*\d|\d", text)) <= known
+    known = "50.0 70.0 2.00 3.12 81.25 78.12 56.25 59.38 25.00 26.1 7.83 30.0 457 137 1,588 2,931 3,176 1,307 1,602 "
+    known += "2,104 2,978 2,620 3,335 1.85 64.7 17.0 11.0 72 43 3.77 9.9 79.5 1 5 31.5 28.2 6 12 3 10 7 0.875 0.00123"
+    assert set(re.findall(r"\d[\d,.]*\d|\d", text)) <= set(known.split())
     alt = next(a["alt"] for a in page.all("img"))
     assert "d_inner 6 of 12, intermediate_size 3 of 10" in alt and "d_inner: 2, 4; intermediate_size: 3" in alt
 
@@ -237,6 +229,8 @@ def test_a_run_of_the_command_line(finished_run):
         assert f"{stage} {spent['epochs']:.4g} {spent['steps']} {spent['seconds']:,.1f} " in text
     assert " ".join((folder / "recipe.yaml").read_text().split()) in everything
     assert f"mamba-rsst train {folder}/recipe.yaml training.output_dir={folder}-again" in text
+    again = load_recipe(folder / "recipe.yaml", [f"training.output_dir={folder}-again"])
+    assert again.training == load_recipe(folder / "recipe.yaml").training | {"output_dir": f"{folder}-again"}
     assert len(run.history) == len((folder / "training_log.jsonl").read_text().splitlines())
     assert page.source == report_page(read_runs([folder]))  # the same run, the same page
     assert "not finished" not in text
@@ -250,13 +244,28 @@ def test_a_dense_run_claims_no_pruning(tmp_path):
     folder = write_run(tmp_path / "dense", results, state, RECIPE | {"pruning": None}, HISTORY[:1])
     text = read_page(folder).check().text()
     assert "mamba_tiny on pets was trained without pruning: accuracy 81.25%." in text
-    assert "A dense run scores no channels." in text
+    assert "A run that prunes nothing scores no channels." in text
     assert "Channels kept" not in text and "removed" not in text and "against dense ×" not in text
+
+
+def test_methods_that_cut_no_channels(tmp_path):
+    results = {key: value for key, value in RESULTS.items() if key not in ("widths", "channel_sparsity")}
+    masked = RESULTS["rows"][0] | {"name": "masked", "accuracy": 0.75, "images_per_s": 1588.0 * 1.25}
+    masked = results | {"method": "unstructured", "weight_sparsity": 0.625, "rows": [RESULTS["rows"][0], masked]}
+    text = read_page(write_run(tmp_path / "masked", masked)).check().text()
+    assert "Unstructured masks removed 62.5% of the weights that may be masked from mamba_tiny on pets" in text
+    assert "(-6.25 points), with 1.25 times the images a second. The network was trained, and the smallest" in text
+    full = {"parameters": 52200, "macs": 914_000, "images_per_s": 794.0}
+    small = results | {"method": "scratch", "rows": RESULTS["rows"][:1], "full_size": full}
+    text = read_page(write_run(tmp_path / "small", small)).check().text()
+    assert "was trained from new weights at a smaller size: accuracy 81.25%, with 50.0% fewer parameters, " in text
+    assert "50.0% fewer multiply-accumulates and 2.00 times the images a second." in text
+    assert "Params 26.1k 50.0% of full size" in text and "against full size" not in text
 
 
 def test_a_language_model(tmp_path):
     text = read_page(language(tmp_path / "lm")).check().text()
-    assert "One-shot pruning removed nothing from nano on films: perplexity went from 20.00 to 25.50 (+27.5%)" in text
+    assert "Pruning by scores of nano on films: perplexity went from 20.00 to 25.50 (+27.5%)" in text
     assert "2.00 times the tokens a second" in text and "Perplexity at the end" in text and "points" not in text
     assert "No scores were kept." in text
 
@@ -358,7 +367,7 @@ def test_what_cannot_be_compared_is_said_or_kept_apart(tmp_path):
     assert "Not the same in all these runs: the data, so that their quality cannot be compared; the device" in text
     assert text.count("Dense accuracy") == 1 and text.count("Dense perplexity") == 1
     assert "4. stopped RSST 81.25% not finished – – – – 80" in text
-    assert "2. lm One-shot pruning 20.00 25.50 +27.5%" in text
+    assert "2. lm Pruning by scores 20.00 25.50 +27.5%" in text
 
 
 def test_the_comparison_draws_each_run_once():
@@ -402,9 +411,8 @@ def interrupted(tmp_path_factory):
 def test_an_interrupted_run_shows_what_is_there(interrupted):
     page, run = read_page(interrupted).check(), read_run(interrupted)
     text = page.text()
-    assert (
-        "This run has not finished. 1 of its 3 stages are done (train); rsst-1 had reached step 4 (epoch 1.3)" in text
-    )
+    assert "This run has not finished. 1 of its 3 stages are done (train); rsst-1 had reached step 4" in text
+    assert "step 4 (epoch 1.3) at its last checkpoint." in text
     state = json.loads((interrupted / "rsst_state.json").read_text())
     accuracy = state["metrics"]["train"]["end"]["eval_accuracy"]
     assert f"its dense accuracy is {accuracy:.2%}" in text
@@ -413,7 +421,7 @@ def test_an_interrupted_run_shows_what_is_there(interrupted):
     assert {e["stage"] for e in run.history} == {"train", "rsst-1"}
     assert [e["step"] for e in run.history if "lambda" in e] == [4, 5, 6, 7]  # the first stage had three
     assert max(e["epoch"] for e in run.history) == pytest.approx(1 + 4 / 3)
-    assert "Chosen, and not yet measured" in text
+    assert "As the last choice leaves them: the run has not finished." in text
     assert sum(run.widths["d_inner"]["kept"]) == sum(run.widths["d_inner"]["dense"]) / 2
     assert "recipe.yaml" not in text and "--resume" not in text  # it was not started from a recipe
 
@@ -484,7 +492,7 @@ def test_bad_input_in_a_process_of_its_own(tmp_path):
 
 def broken(folder, file, text):
     path = write_run(folder / "run") / file
-    path.parent.mkdir(parents=True, exist_ok=True)
+    write_scores(path.parents[file.count("/")])
     path.write_bytes(text if isinstance(text, bytes) else json.dumps(text).encode())
 
 
@@ -524,6 +532,12 @@ def test_damaged_files_are_named(tmp_path, capsys, file, text, said):
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_stopped_between_its_scores_and_its_masks(tmp_path):
+    write_scores(write_run(tmp_path / "run", results=None, state=STATE | {"done": 1}))
+    (tmp_path / "run" / "stages" / "1-rsst-1" / "masks.safetensors").unlink()
+    assert "No scores were kept." in read_page(tmp_path / "run").check().text()
 
 
 @pytest.mark.parametrize("masks", [{}, {"layers.0.mixer:d_inner": [1, 0]}], ids=["none", "other-size"])
@@ -578,10 +592,10 @@ def test_the_page_in_chromium(tmp_path, finished_run, several):
         colours = {colour for _, colour in image.convert("RGB").getcolors(2**24)}
     assert {(255, 255, 255), (0, 0x72, 0xB2)} <= colours and len(colours) > 100
     # Widths of a phone and of a desk, each in a frame that the page outside can measure.
-    frames = [
-        f'<iframe width="{w}" height="800" srcdoc="{html.escape(file.read_text())}"></iframe>' for w in (360, 1100)
-    ]
-    measure = """<script>onload = () => { document.title = [...frames].map(({document: d}) =>
+    page = html.escape(file.read_text(encoding="utf-8"))
+    frames = [f'<iframe width="{width}" height="800" srcdoc="{page}"></iframe>' for width in (360, 1100)]
+    measure = """<script>onload = () => { const pages = [...document.querySelectorAll('iframe')]
+        document.title = pages.map(({contentDocument: d}) =>
         [d.documentElement.scrollWidth, d.images.length, [...d.images].filter(i => !i.naturalWidth).length,
          d.querySelector('h1').innerText]).join('|') }</script>"""
     (tmp_path / "frames.html").write_text(f"<!DOCTYPE html><meta charset=utf-8>{measure}{''.join(frames)}")
