@@ -3,8 +3,8 @@
     python benchmarks/bench_data.py [--batch 256 512] [--preset mamba_tiny] [--images 20000] [--device cuda]
 
 The GPU waits where the host's milliseconds of a step exceed the GPU's. `host`: until the call returns, the device idle
-before it; `done`: until the device has done the work too. Medians. On a CPU both are the process's CPU time, which other
-work on the machine hardly changes, and the pixels are part of it.
+before it; `done`: until the device has done the work too. Medians. On a CPU both are the process's CPU time, which
+other work on the machine hardly changes, and the pixels are part of it.
 
 light: crop and flip. full: the modern recipe's RandAugment, erasing, Mixup and CutMix. one pixel: of images of a
 single pixel, so that on a CPU too it is the calls that count. PIL: the same operations image by image in one process,

@@ -363,7 +363,7 @@ class RSSTTrainer(Trainer):
         if self.accelerator.distributed_type not in plain or self.is_distributed_loading_by_transformers:
             return super()._clip_grad_norm(model)
         if self._clipped is None:
-            self._clipped = [p for p in self.model.parameters() if p.requires_grad]
+            self._clipped = list(self.model.parameters())
         self.accelerator.unscale_gradients()
         return torch.nn.utils.clip_grad_norm_(self._clipped, self.args.max_grad_norm)
 
