@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from itertools import islice
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list
 from huggingface_hub import upload_folder
 from transformers import Trainer, TrainerCallback, get_scheduler, set_seed
 from transformers.trainer_utils import TrainOutput
@@ -124,6 +124,7 @@ class RSSTTrainer(Trainer):
         self._graphed_decay = None
         self._clock = (time.perf_counter(), 0)
         self._parameter_count: int | None = None
+        self._clipped: list | None = None
         self._check_decay()
         self._average = WeightAverage(args.ema_decay)
         self.callback_handler.callbacks.insert(0, self._average)  # others see the average when a stage's training ends
@@ -332,7 +333,7 @@ class RSSTTrainer(Trainer):
     def _fresh_optimizer(self) -> None:
         """Forget the optimizer, schedule and wrapped model: they may hold parameters from before a cut."""
         self.optimizer = self.lr_scheduler = None
-        self._graphed = self._graphed_decay = self._parameter_count = None
+        self._graphed = self._graphed_decay = self._parameter_count = self._clipped = None
         self._created_lr_scheduler = False
         self.model_wrapped = self.model
         self.accelerator.free_memory()
@@ -431,6 +432,16 @@ class RSSTTrainer(Trainer):
         inputs = dict(inputs)
         items = inputs.pop("num_items_in_batch", None)
         return super().training_step(model, inputs, items)
+
+    def _clip_grad_norm(self, model):
+        """Trainer's, without a walk through all modules and a look at the kind of every gradient in each step."""
+        plain = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+        if self.accelerator.distributed_type not in plain or self.is_distributed_loading_by_transformers:
+            return super()._clip_grad_norm(model)
+        if self._clipped is None:
+            self._clipped = list(self.model.parameters())
+        self.accelerator.unscale_gradients()
+        return torch.nn.utils.clip_grad_norm_(self._clipped, self.args.max_grad_norm)
 
     def floating_point_ops(self, inputs) -> int:
         """Trainer's estimate, 6 * inputs * parameters, without counting the parameters again in every step."""
