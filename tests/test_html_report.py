@@ -411,7 +411,7 @@ def interrupted(tmp_path_factory):
 def test_an_interrupted_run_shows_what_is_there(interrupted):
     page, run = read_page(interrupted).check(), read_run(interrupted)
     text = page.text()
-    assert "This run has not finished. 1 of its 3 stages are done (train); rsst-1 had reached step 4" in text
+    assert "This run has not finished. 1 of its 3 stages is done (train); rsst-1 had reached step 4" in text
     assert "step 4 (epoch 1.3) at its last checkpoint." in text
     state = json.loads((interrupted / "rsst_state.json").read_text())
     accuracy = state["metrics"]["train"]["end"]["eval_accuracy"]
@@ -430,7 +430,7 @@ def test_an_interrupted_run_shows_what_is_there(interrupted):
     ("state", "said"),
     [
         (None, "It has not begun its first stage"),
-        (STATE | {"done": 1}, "1 of its 3 stages are done (train); rsst-1 has left no checkpoint yet."),
+        (STATE | {"done": 1}, "1 of its 3 stages is done (train); rsst-1 has left no checkpoint yet."),
         (
             STATE | {"done": 0, "history": [], "metrics": {}},
             "0 of its 3 stages are done; train has left no checkpoint",
