@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="*",
         default=[],
         metavar="section.key=value",
-        help="changes to every run; output_dir=FOLDER is the sweep's",
+        help="changes to every run; runs.NAME.section.key=value to one; output_dir=FOLDER to the sweep",
     )
     sweep.add_argument("--resume", action="store_true", help="go on with a sweep, or join one that is going on")
     sweep.add_argument("--dry-run", action="store_true", help="print the runs, write nothing")
@@ -128,7 +128,9 @@ def _parser() -> argparse.ArgumentParser:
     words.add_argument("--include-path", action="append", metavar="FOLDER", help="more task files; may be repeated")
     words.add_argument("--limit", type=float, help="only the first so many documents of a task; below 1, a fraction")
     words.add_argument("--num-fewshot", type=int, help="examples in front of each question")
-    words.add_argument("--max-length", type=int, help="tokens the model may see at once (default 2048)")
+    words.add_argument(
+        "--max-length", type=int, help="tokens the model may see at once (default: what the tokenizer says, else 2048)"
+    )
     words.add_argument("--json", metavar="FILE", help="write lm-eval's whole results there too")
     evaluate.set_defaults(run=_eval)
 

@@ -111,7 +111,8 @@ def epochs_of(recipe: Recipe) -> float:
 def load_sweep(path: str | Path, overrides: list[str] = ()) -> Sweep:
     """Read a sweep, apply `section.key=value` overrides to all of its runs and build every recipe.
 
-    The override `output_dir=FOLDER` is the sweep's own. Raises RecipeError, which names the run, or FileNotFoundError.
+    `output_dir=FOLDER` changes the sweep's own folder, `runs.NAME.section.key=value` one run.
+    Raises RecipeError, which names the run, or FileNotFoundError.
     """
     path = Path(path)
     content = read_yaml(path)
@@ -124,12 +125,6 @@ def load_sweep(path: str | Path, overrides: list[str] = ()) -> Sweep:
     if not isinstance(base, dict):
         raise RecipeError("A sweep needs a `recipe` to start from: a path relative to its file, or the sections.")
     output_dir, common = content.get("output_dir", f"runs/{path.stem}"), _changes(content.get("set"), "set")
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if key == "output_dir" and equals:
-            output_dir = value
-        else:
-            common |= _changes(dict([parse_override(override)]), "set")
     if not isinstance(output_dir, str) or not output_dir.strip():
         raise RecipeError(f"`output_dir` must name a folder, got {output_dir!r}.")
     variants = content.get("runs")
@@ -138,18 +133,38 @@ def load_sweep(path: str | Path, overrides: list[str] = ()) -> Sweep:
     if variants is None and "grid" not in content:
         raise RecipeError("A sweep needs `runs`, changes with a name, or a `grid` of lists, or both.")
     variants = {str(name): _changes(own, f"runs: {name}") for name, own in (variants or {stem: None}).items()}
+    for override in overrides:
+        output_dir = _override(override, output_dir, common, variants)
     grid = _grid(content["grid"]) if "grid" in content else None
-    runs = []
-    for name, own in variants.items():
-        points = [{k: v for k, v in point.items() if k not in own} for point in _points(grid)]
-        for i, point in enumerate(points):
-            if point not in points[:i]:
-                runs.append(_build(base, {**common, **point, **own}, name, point, output_dir))
+    runs = {}
+    for point in _points(grid):  # all names at one point first: they are to be compared
+        for name, own in variants.items():
+            rest = {k: v for k, v in point.items() if k not in own}
+            key = json.dumps([name, rest], sort_keys=True, default=str)
+            if key not in runs:
+                runs[key] = _build(base, {**common, **rest, **own}, name, rest, output_dir)
+    runs = list(runs.values())
     _check_folders(runs)
     resolved = {"recipe": base, "output_dir": output_dir, "set": common, "runs": variants, "grid": grid}
     resolved = {k: v for k, v in resolved.items() if v is not None}
     resolved = json.loads(json.dumps(resolved, default=str))  # as its file will hold it
     return Sweep(Path(output_dir), _share_first_stages(runs, output_dir), resolved)
+
+
+def _override(text: str, output_dir: str, common: dict, variants: dict[str, dict]) -> str:
+    """Put a change of the command line in its place. Returns the sweep's folder, which may be what it changes."""
+    key, equals, value = text.partition("=")
+    if key == "output_dir" and value:
+        return value
+    if not key.startswith("runs."):
+        common |= _changes(dict([parse_override(text)]), "set")
+        return output_dir
+    name = max((name for name in variants if key.startswith(f"runs.{name}.")), key=len, default=None)
+    if name is None:
+        raise RecipeError(f"{text!r} changes none of the runs {list(variants)}: runs.NAME.section.key=value.")
+    change = parse_override(text.removeprefix(f"runs.{name}."))
+    variants[name] |= _changes(dict([change]), f"runs: {name}")
+    return output_dir
 
 
 def _changes(content, where: str) -> dict:
@@ -191,8 +206,10 @@ def _points(grid: list[dict[str, list]] | None) -> list[dict]:
 
 def _build(base: dict, changes: dict, name: str, point: dict, output_dir: str) -> Run:
     content = copy.deepcopy(base)
-    words = [name, *(f"{short(key)}-{spell(value)}" for key, value in point.items())]
+    words = [name.replace("+", " "), *(f"{short(key)}-{spell(value)}" for key, value in point.items())]
     folder = "_".join(re.sub(r"[^a-z0-9.+=]+", "-", word.lower()).strip("-.") for word in words)
+    if not re.search("[a-z0-9]", folder):
+        raise RecipeError(f"The run {name!r} needs a name with a letter or a digit, for its folder.")
     try:
         for key, value in changes.items():
             set_key(content, key, copy.deepcopy(value))
@@ -211,7 +228,7 @@ def _check_folders(runs: list[Run]) -> None:
         if taken[run.folder.name] > 1:
             twins = " and ".join(repr(other.title) for other in runs if other.folder == run.folder)
             raise RecipeError(f"The runs {twins} would share the folder {str(run.folder)!r}: give them other names.")
-        if run.folder.name in (FIRST_STAGES, "figures") or not re.search(r"[a-z0-9]", run.folder.name):
+        if run.folder.name in (FIRST_STAGES, "figures"):
             raise RecipeError(
                 f"The run {run.title!r} cannot have the folder {str(run.folder)!r}: give it another name."
             )

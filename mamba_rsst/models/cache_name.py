@@ -21,7 +21,7 @@ def takes_old_name(method):
         old = kwargs.pop(OLD_NAME, None)
         if old is not None:
             if kwargs.get("cache") is not None:
-                raise ValueError("Give either `cache` or `cache_params`, its name before transformers 5.24.")
+                raise ValueError("Give one of `cache` and `cache_params`, its name until transformers 5.24, not both.")
             kwargs["cache"] = old
         return method(self, *args, **kwargs)
 

@@ -209,8 +209,9 @@ class RSSTConfig(TrainingArguments):
             raise ValueError("`max_steps` does not say which stage it bounds; set the epochs of the stages instead.")
         if self.cuda_graphs:
             apart = ("fp16", "gradient_checkpointing", "logging_nan_inf_filter", "torch_empty_cache_steps")
+            apart += ("activation_checkpointing",)  # what transformers 5.23 calls gradient_checkpointing
             for name in (*apart, "torch_compile", "auto_find_batch_size"):
-                if getattr(self, name):
+                if getattr(self, name, False):
                     raise ValueError(f"`cuda_graphs` does not go with `{name}`: a recorded step runs without the CPU.")
         scheduler = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)
         if self._solves_lambda_max() and scheduler in ("reduce_lr_on_plateau", "greedy"):

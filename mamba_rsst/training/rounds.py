@@ -88,7 +88,7 @@ class RunState:
         """Begin where `other`, a run of one stage, ended. channel_sparsity: in the log, as of a run that prunes."""
         more = {"channel_sparsity": 0.0} if channel_sparsity else {}
         self.history = [{**entry, **more} if "loss" in entry else entry for entry in other.history]
-        self.metrics, self.done = dict(other.metrics), 1
+        self.metrics, self.spent, self.done = dict(other.metrics), dict(other.spent), 1
         self.steps, self.epochs, self.seconds = other.steps, other.epochs, other.seconds
 
 
