@@ -146,7 +146,8 @@ def _progress(run: SavedRun) -> str:
     far = "has left no checkpoint yet"
     if "steps" in now:
         far = f"had reached step {now['steps']:,} (epoch {now['epochs'] or 0:.1f}) at its last checkpoint"
-    return f"{done} of its {len(stages)} stages {'is' if done == 1 else 'are'} done{names}; {now.get('stage', stages[done])} {far}."
+    come = f"{done} of its {len(stages)} stages {'is' if done == 1 else 'are'} done{names}"
+    return f"{come}; {now.get('stage', stages[done])} {far}."
 
 
 def _how(run: SavedRun) -> list[Html]:
