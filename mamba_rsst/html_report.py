@@ -197,7 +197,8 @@ def _scores(run: SavedRun) -> list[Html]:
     importance = run.pruning.get("importance") or "the default"
     if isinstance(importance, dict):
         importance = ", ".join(f"{name} for {target}" for target, name in importance.items())
-    parts = [element("p", f"Score: {importance}, {how}; zeros stand at the left end of a logarithmic axis.")]
+    ends = "On a logarithmic axis all that is less than 1e-8 of the largest, zeros too, stands at the left end"
+    parts = [element("p", f"Score: {importance}, {how}. {ends}.")]
     for stage, scores in run.scores.items():
         counts = []
         for target, both in scores.items():
