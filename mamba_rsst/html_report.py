@@ -146,7 +146,8 @@ def _progress(run: SavedRun) -> str:
     far = "has left no checkpoint yet"
     if "steps" in now:
         far = f"had reached step {now['steps']:,} (epoch {now['epochs'] or 0:.1f}) at its last checkpoint"
-    return f"{done} of its {len(stages)} stages are done{names}; {now.get('stage', stages[done])} {far}."
+    come = f"{done} of its {len(stages)} stages {'is' if done == 1 else 'are'} done{names}"
+    return f"{come}; {now.get('stage', stages[done])} {far}."
 
 
 def _how(run: SavedRun) -> list[Html]:
@@ -196,7 +197,8 @@ def _scores(run: SavedRun) -> list[Html]:
     importance = run.pruning.get("importance") or "the default"
     if isinstance(importance, dict):
         importance = ", ".join(f"{name} for {target}" for target, name in importance.items())
-    parts = [element("p", f"Score: {importance}, {how}; zeros stand at the left end of a logarithmic axis.")]
+    ends = "On a logarithmic axis all that is less than 1e-8 of the largest, zeros too, stands at the left end"
+    parts = [element("p", f"Score: {importance}, {how}. {ends}.")]
     for stage, scores in run.scores.items():
         counts = []
         for target, both in scores.items():

@@ -211,6 +211,7 @@ def test_every_number_on_the_page_comes_from_the_files(tmp_path):
     # And no others: nothing is counted or made up on the way.
     known = "50.0 70.0 2.00 3.12 81.25 78.12 56.25 59.38 25.00 26.1 7.83 30.0 457 137 1,588 2,931 3,176 1,307 1,602 "
     known += "2,104 2,978 2,620 3,335 1.85 64.7 17.0 11.0 72 43 3.77 9.9 79.5 1 5 31.5 28.2 6 12 3 10 7 0.875 0.00123"
+    known += " 1 8"  # of 1e-8
     assert set(re.findall(r"\d[\d,.]*\d|\d", text)) <= set(known.split())
     alt = next(a["alt"] for a in page.all("img"))
     assert "d_inner 6 of 12, intermediate_size 3 of 10" in alt and "d_inner: 2, 4; intermediate_size: 3" in alt
@@ -411,7 +412,7 @@ def interrupted(tmp_path_factory):
 def test_an_interrupted_run_shows_what_is_there(interrupted):
     page, run = read_page(interrupted).check(), read_run(interrupted)
     text = page.text()
-    assert "This run has not finished. 1 of its 3 stages are done (train); rsst-1 had reached step 4" in text
+    assert "This run has not finished. 1 of its 3 stages is done (train); rsst-1 had reached step 4" in text
     assert "step 4 (epoch 1.3) at its last checkpoint." in text
     state = json.loads((interrupted / "rsst_state.json").read_text())
     accuracy = state["metrics"]["train"]["end"]["eval_accuracy"]
@@ -430,7 +431,7 @@ def test_an_interrupted_run_shows_what_is_there(interrupted):
     ("state", "said"),
     [
         (None, "It has not begun its first stage"),
-        (STATE | {"done": 1}, "1 of its 3 stages are done (train); rsst-1 has left no checkpoint yet."),
+        (STATE | {"done": 1}, "1 of its 3 stages is done (train); rsst-1 has left no checkpoint yet."),
         (
             STATE | {"done": 0, "history": [], "metrics": {}},
             "0 of its 3 stages are done; train has left no checkpoint",
