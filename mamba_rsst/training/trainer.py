@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from itertools import islice
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import AutocastKwargs, broadcast_object_list
 from huggingface_hub import upload_folder
 from transformers import Trainer, TrainerCallback, get_scheduler, set_seed
 from transformers.trainer_utils import TrainOutput
@@ -28,6 +28,7 @@ from .distillation import soft_target_loss
 from .graphed_step import GraphedStep, capture
 from .rounds import (
     NOT_UPLOADED,
+    WHOLE,
     RunFolder,
     RunState,
     Stage,
@@ -38,6 +39,7 @@ from .rounds import (
     round_sparsity,
     save_masks,
 )
+from .sharding import check_sharding, checkpoint_files, copy_marks, copy_to_shard, gather_, reshard_
 
 
 _FREE = ("compile_blocks", "cuda_graphs", "logging_nan_inf_filter")
@@ -87,8 +89,14 @@ class RSSTTrainer(Trainer):
             raise ValueError(f"`cuda_graphs` needs one process on one CUDA GPU; this run has {here}.")
         stages = plan_stages(args)
         super().__init__(model=model, args=args, **kwargs)
-        if args.method != "dense" and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError("Channels cannot be scored and cut in weights that FSDP or DeepSpeed has sharded.")
+        if args.method != "dense" and self.is_deepspeed_enabled:
+            raise ValueError("Channels cannot be scored and cut in weights that DeepSpeed has sharded; FSDP 2 can be.")
+        self._fsdp = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if self._fsdp is not None:
+            check_sharding(self._fsdp, self.model, args)
+            self._fsdp.mixed_precision_policy = None  # it would round A_log to bf16; see autocast_smart_context_manager
+            self.is_fsdp_enabled = False  # but while a stage trains: before and after it the model is whole
+        self._whole = None  # the whole model, which waits while a stage trains a sharded copy
         self.pruning = pruning
         self.eval_data_collator = eval_data_collator
         self.calibration = None if calibration is None else list(calibration)  # read again in every round
@@ -182,12 +190,13 @@ class RSSTTrainer(Trainer):
         output = None
         if stage.epochs > 0:
             self._fresh_optimizer()
-            if self.args.compile_blocks:
-                compile_blocks_(self.model)
-            set_seed(self.args.seed + index)
-            output = super().train(
-                resume_from_checkpoint=last_complete_checkpoint(folder, self.args.world_size), **kwargs
-            )
+            files = WHOLE if self._fsdp is None else checkpoint_files(self._fsdp)
+            checkpoint = last_complete_checkpoint(folder, self.args.world_size, files)
+            with self._sharded():
+                if self.args.compile_blocks:
+                    compile_blocks_(self.model)
+                set_seed(self.args.seed + index)
+                output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
             self._graphed = self._graphed_decay = None  # and with them the memory of a step's activations
         else:
             self.state.log_history, self.state.epoch = [], 0
@@ -262,19 +271,39 @@ class RSSTTrainer(Trainer):
         self.model.__dict__.pop("_is_accelerate_prepared", None)
         self._move_model_to_device(self.model, self.args.device)
 
+    @contextlib.contextmanager
+    def _sharded(self):
+        """Under FSDP: `self.model` is a copy for accelerate to shard; afterwards the whole model, with its weights."""
+        if self._fsdp is None:
+            yield
+            return
+        whole = self._whole = self.model
+        self._move_model_to_device(whole, torch.device("cpu"))
+        self.model = self.model_wrapped = copy_to_shard(whole)
+        if self._masks:  # the table, bound to the parameters that are trained
+            self._leaving_groups = [g for g in self._groups() if g.name in self._masks]
+        self.is_fsdp_enabled = True
+        try:
+            yield
+            gather_(whole, self.model)
+        finally:
+            self.is_fsdp_enabled = False
+            self._whole, self._leaving_groups = None, []
+            self.model = self.callback_handler.model = whole
+            self.callback_handler.optimizer = self.callback_handler.lr_scheduler = None  # nor do they hold the copy
+            self._fresh_optimizer()
+
     def _set_model(self, folder) -> None:
         model = type(self.model).from_pretrained(folder)
-        given = dict(self.model.named_parameters())
-        for name, parameter in model.named_parameters():  # a file holds neither what is frozen nor flags
-            parameter.requires_grad_(given[name].requires_grad)
-            parameter.__dict__.update(given[name].__dict__)
+        copy_marks(self.model, model)  # a file holds neither what is frozen nor flags
         self._move_model_to_device(model, self.args.device)
         model.train(self.model.training)
         self.model = self.model_wrapped = model
 
     def _save_model_folder(self, path) -> None:
+        model = self.model if self._whole is None else gather_(self._whole, self.model)
         if self.is_world_process_zero():
-            _replace_folder(self.model, path)
+            _replace_folder(model, path)
         self.accelerator.wait_for_everyone()
 
     def _write_state(self) -> None:
@@ -286,6 +315,8 @@ class RSSTTrainer(Trainer):
         """Trainer's, without touching the random numbers of training, since a resumed run may skip an evaluation."""
         with torch.random.fork_rng(devices=[]):
             metrics = super().evaluate(*args, **kwargs)
+        if self._whole is not None:
+            reshard_(self.model)
         self._start_clock()
         return metrics
 
@@ -341,6 +372,12 @@ class RSSTTrainer(Trainer):
         inputs = dict(inputs)
         items = inputs.pop("num_items_in_batch", None)
         return super().training_step(model, inputs, items)
+
+    def autocast_smart_context_manager(self, cache_enabled=True):
+        """Trainer's; under FSDP also autocast, by which every other stage computes: weights stay fp32, A_log as well."""
+        if self._whole is None:
+            return super().autocast_smart_context_manager(cache_enabled)
+        return self.accelerator.autocast(AutocastKwargs(cache_enabled=False))  # a cache would keep all blocks' weights
 
     def floating_point_ops(self, inputs) -> int:
         """Trainer's estimate, 6 * inputs * parameters, without counting the parameters again in every step."""
