@@ -32,7 +32,9 @@ def check_sharding(plugin, model: nn.Module, args: RSSTConfig) -> None:
         raise ValueError("penalty='group_lasso' needs whole weights in its loss; under FSDP choose 'growing_l2'.")
     dtypes = sorted({str(p.dtype) for p in model.parameters()})
     if len(dtypes) > 1:
-        raise ValueError(f"FSDP shards weights of one dtype, this model has {dtypes}; load it with dtype=torch.float32.")
+        raise ValueError(
+            f"FSDP shards weights of one dtype, this model has {dtypes}; load it with dtype=torch.float32."
+        )
 
 
 def checkpoint_files(plugin) -> tuple[str, ...]:

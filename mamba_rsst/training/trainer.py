@@ -94,7 +94,9 @@ class RSSTTrainer(Trainer):
         self._fsdp = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         if self._fsdp is not None:
             check_sharding(self._fsdp, self.model, args)
-            self._fsdp.mixed_precision_policy = None  # it would round A_log to bf16; see autocast_smart_context_manager
+            self._fsdp.mixed_precision_policy = (
+                None  # it would round A_log to bf16; see autocast_smart_context_manager
+            )
             self.is_fsdp_enabled = False  # but while a stage trains: before and after it the model is whole
         self._whole = None  # the whole model, which waits while a stage trains a sharded copy
         self.pruning = pruning
