@@ -1,7 +1,8 @@
 """FSDP: what RSSTTrainer can do under it, and the way from a whole model to a sharded one and back.
 
-Between stages the model is whole on every process: there it is scored, cut, evaluated and saved. A stage trains a copy,
-which accelerate shards (`fully_shard`, in place); then its weights go back into the whole model, which waited on the CPU.
+Between stages the model is whole on every process: there it is scored, cut, evaluated and saved. A stage trains a
+copy, which accelerate shards in place (`fully_shard`); then its weights go back into the whole model, which waited on
+the CPU.
 """
 
 import copy
@@ -23,8 +24,8 @@ def check_sharding(plugin, model: nn.Module, args: RSSTConfig) -> None:
         )
     if plugin.cpu_ram_efficient_loading:
         raise ValueError(
-            "Every process scores and cuts a whole model, so each must load one: set `cpu_ram_efficient_loading: false` "
-            "(accelerate launch --fsdp_cpu_ram_efficient_loading false)."
+            "Every process scores and cuts a whole model, so each must load one: set `cpu_ram_efficient_loading: "
+            "false` (accelerate launch --fsdp_cpu_ram_efficient_loading false)."
         )
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
         raise ValueError("FSDP's `cpu_offload` is not supported; use more processes, or `gradient_checkpointing`.")

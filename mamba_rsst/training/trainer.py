@@ -376,7 +376,7 @@ class RSSTTrainer(Trainer):
         return super().training_step(model, inputs, items)
 
     def autocast_smart_context_manager(self, cache_enabled=True):
-        """Trainer's; under FSDP also autocast, by which every other stage computes: weights stay fp32, A_log as well."""
+        """Trainer's, and under FSDP the autocast that accelerate puts around a whole model: A_log stays fp32."""
         if self._whole is None:
             return super().autocast_smart_context_manager(cache_enabled)
         return self.accelerator.autocast(AutocastKwargs(cache_enabled=False))  # a cache would keep all blocks' weights
