@@ -31,6 +31,12 @@ def check_sharding(plugin, model: nn.Module, args: RSSTConfig) -> None:
         raise ValueError("FSDP's `cpu_offload` is not supported; use more processes, or `gradient_checkpointing`.")
     if args.method == "rsst" and args.penalty == "group_lasso":
         raise ValueError("penalty='group_lasso' needs whole weights in its loss; under FSDP choose 'growing_l2'.")
+    if args.load_best_model_at_end and plugin.state_dict_type != StateDictType.FULL_STATE_DICT:
+        # Trainer notes a best checkpoint if its folder is there, which before sharded state is written is a race.
+        raise ValueError(
+            "`load_best_model_at_end` needs checkpoints of whole weights: set `state_dict_type: FULL_STATE_DICT` "
+            "(accelerate launch --fsdp_state_dict_type FULL_STATE_DICT)."
+        )
     dtypes = sorted({str(p.dtype) for p in model.parameters()})
     if len(dtypes) > 1:
         raise ValueError(
