@@ -85,6 +85,9 @@ class MambaVisionModel(MambaVisionPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    def get_input_embeddings(self):
+        return self.embeddings.patch_embeddings
+
     def forward(self, pixel_values: Tensor, output_hidden_states: bool | None = None, return_dict: bool | None = None):
         """pixel_values (B, C, H, W) -> last_hidden_state (B, T, D); hidden_states: the stream before each block."""
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -121,6 +124,9 @@ class MambaForImageClassification(MambaVisionPreTrainedModel):
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.classifier.is_head = True
         self.post_init()
+
+    def get_input_embeddings(self):
+        return self.backbone.get_input_embeddings()
 
     def forward(
         self,

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from .shards import held, sharded_along
+
 
 PRODUCER, CONSUMER, CARRIED = "producer", "consumer", "carried"
 """Roles: a producer writes the channel, a consumer reads it; carried slices travel with it but are never scored,
@@ -355,6 +357,21 @@ class View:
         shape = [1] * self.parameter.dim()
         shape[self.axis] = self.size
         return vector.view(shape)
+
+    def held(self, vector: Tensor) -> tuple[Tensor, Tensor]:
+        """(what this process holds of the slice, sharing its memory; what a (size,) vector says of it, to broadcast).
+
+        The whole slice and `along(vector)`, unless FSDP has sharded the parameter: then some of its rows, or none.
+        """
+        local, along = held(self.parameter), self.along(vector)
+        axis, first = sharded_along(self.parameter)
+        if axis is None or axis != self.axis:
+            return self.of(local), along
+        start = max(first, self.start)
+        length = min(first + local.shape[axis], self.start + self.size) - start
+        if length <= 0:
+            return local.narrow(axis, 0, 0), along.narrow(axis, 0, 0)
+        return local.narrow(axis, start - first, length), along.narrow(axis, start - self.start, length)
 
     def per_channel(self, values: Tensor) -> Tensor:
         """Sum a tensor of the slice's shape over all axes but the channel's: (size,), in fp32 or better."""

@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from .groups import Group, channel_norms
+from .groups import Group
 from .masks import Masks
+from .shards import sum_over_shards
 
 
 PENALTIES = ("growing_l2", "group_lasso")
@@ -27,6 +28,7 @@ def decay_(groups: Iterable[Group], masks: Masks, amount: float | Tensor) -> Non
 
     amount: lr * lambda, in [0, 1); a tensor () on the weights' device is taken as it is, without asking for its value,
     so that a CUDA graph can hold this. Outside the gradient on purpose: there Adam would divide it by its own size.
+    Of parameters that FSDP has sharded each process decays its own rows; none waits for another.
     Growing L2 regularisation (Wang et al. 2021, arXiv:2012.09243) in AdamW's decoupled form (arXiv:1711.05101).
     Raises ValueError for an amount outside [0, 1).
     """
@@ -40,8 +42,9 @@ def decay_(groups: Iterable[Group], masks: Masks, amount: float | Tensor) -> Non
                 if factor is None:
                     keep = masks[group.name].to(view.parameter.device)
                     factor = 1.0 - amount * (~keep).to(torch.float32)
-                slices.append(view.tensor)
-                factors.append(view.along(factor).to(view.parameter.dtype))
+                held, along = view.held(factor)
+                slices.append(held)
+                factors.append(along.to(held.dtype))
     if slices:
         torch._foreach_mul_(slices, factors)
 
@@ -95,14 +98,23 @@ class _ChannelNorms(torch.autograd.Function):
 
 @torch.no_grad()
 def leaving_share(groups: Iterable[Group], masks: Masks) -> float:
-    """Norm of the leaving channels over the norm of all channels, in [0, 1]: 0 when the cut will change nothing."""
-    leaving = everything = torch.zeros(())  # summed on the device: it is asked once, at the end
+    """Norm of the leaving channels over the norm of all channels, in [0, 1]: 0 when the cut will change nothing.
+
+    Of parameters that FSDP has sharded each process sums its own rows, so all processes must ask.
+    """
+    sums, parameter = torch.zeros(2), None  # summed on the device: it is asked once, at the end
     for group in groups:
-        squares = channel_norms(group).square()
-        everything = squares.sum() + everything.to(squares.device)
-        if group.name in masks:
-            leaving = (squares * ~masks[group.name].to(squares.device)).sum() + leaving.to(squares.device)
-    leaving, everything = float(leaving), float(everything)
+        keep = masks.get(group.name)
+        leaves = torch.zeros(group.size) if keep is None else (~keep).to(torch.float32)
+        for view in group.scored_views():
+            parameter, leaves = view.parameter, leaves.to(view.parameter.device)
+            held, leaves_here = view.held(leaves)
+            squares = held.to(torch.promote_types(held.dtype, torch.float32)).square()
+            found = torch.stack([(squares * leaves_here).sum(), squares.sum()])
+            sums = found + sums.to(found.device)
+    if parameter is not None:
+        sums = sum_over_shards(sums, parameter)
+    leaving, everything = sums.tolist()
     return (leaving / everything) ** 0.5 if everything > 0 else 0.0
 
 

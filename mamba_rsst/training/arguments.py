@@ -4,7 +4,7 @@ import math
 import warnings
 from dataclasses import dataclass, field, fields
 
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 
 from ..pruning.penalty import PENALTIES, PENALTY_SCOPES
 from ..pruning.schedules import SCHEDULES
@@ -73,6 +73,13 @@ class RSSTConfig(TrainingArguments):
     )
     rsst_learning_rate: float | None = field(default=None, metadata={"help": "Default learning_rate."})
     recovery_learning_rate: float | None = field(default=None, metadata={"help": "Default learning_rate."})
+    rsst_lr_scheduler_type: SchedulerType | None = field(
+        default=None,
+        metadata={
+            "help": "Learning-rate schedule of stages that decay channels; default lr_scheduler_type. Constant ones "
+            "leave the annealing to the recovery."
+        },
+    )
 
     penalty: str = field(
         default="growing_l2", metadata={"help": "growing_l2 (decoupled decay) or group_lasso (in the loss)."}
@@ -116,6 +123,13 @@ class RSSTConfig(TrainingArguments):
         default=False,
         metadata={"help": "torch.compile each block by itself: fused kernels, seconds to compile, once per width."},
     )
+    compile_shapes: int | None = field(
+        default=None,
+        metadata={
+            "help": "Compile only models whose blocks have at most so many different shapes, each of which takes "
+            "seconds: 1 compiles the dense model and spares short runs the uneven ones. Default: always."
+        },
+    )
     cuda_graphs: bool = field(
         default=False,
         metadata={
@@ -132,6 +146,8 @@ class RSSTConfig(TrainingArguments):
     def __post_init__(self):
         self._check()
         super().__post_init__()
+        if self.rsst_lr_scheduler_type is not None:
+            self.rsst_lr_scheduler_type = SchedulerType(self.rsst_lr_scheduler_type)
         self._warn_of_ignored()
 
     @classmethod
@@ -170,6 +186,8 @@ class RSSTConfig(TrainingArguments):
                 raise ValueError(f"`{name}` must be >= 0 and finite, got {value}.")
         if self.method == "rsst" and self.rsst_epochs == 0:
             raise ValueError("`rsst_epochs` must be > 0: the leaving channels are decayed away during that stage.")
+        if self.compile_shapes is not None and self.compile_shapes < 1:
+            raise ValueError(f"`compile_shapes` must be at least 1, got {self.compile_shapes}.")
         for name in ("residual", "spread_residual"):
             if not 0.0 < getattr(self, name) < 1.0:
                 raise ValueError(f"`{name}` must be in (0, 1), got {getattr(self, name)}.")
@@ -213,7 +231,8 @@ class RSSTConfig(TrainingArguments):
             for name in (*apart, "torch_compile", "auto_find_batch_size"):
                 if getattr(self, name, False):
                     raise ValueError(f"`cuda_graphs` does not go with `{name}`: a recorded step runs without the CPU.")
-        scheduler = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)
+        scheduler = self.rsst_lr_scheduler_type or self.lr_scheduler_type
+        scheduler = getattr(scheduler, "value", scheduler)
         if self._solves_lambda_max() and scheduler in ("reduce_lr_on_plateau", "greedy"):
             raise ValueError(
                 f"Give `lambda_max`: with lr_scheduler_type={scheduler!r} the learning rates are not known ahead."
@@ -241,7 +260,7 @@ class RSSTConfig(TrainingArguments):
     def _warn_of_ignored(self) -> None:
         ignored = [] if self._solves_residual() else ["residual"]
         if self.method != "rsst":
-            ignored += ["rsst_epochs", "rsst_learning_rate", "penalty", "schedule", "lambda_max", "penalty_scope"]
+            ignored += ["rsst_epochs", "penalty", "schedule", "lambda_max", "penalty_scope"]
         if self.method != "rsst" or self.schedule not in ("power", "exp_power"):
             ignored += ["schedule_power"]
         if self.distillation_weight == 0:
@@ -252,6 +271,10 @@ class RSSTConfig(TrainingArguments):
             ignored += ["rewind_step"]
         if self.spread_epochs == 0:
             ignored += ["spread_residual"]
+            if self.method != "rsst":
+                ignored += ["rsst_learning_rate", "rsst_lr_scheduler_type"]
+        if not self.compile_blocks:
+            ignored += ["compile_shapes"]
         if self.num_rounds == 1:
             ignored += ["ramp"]
         if self.method in UNPRUNED:

@@ -9,8 +9,7 @@ def compile_blocks_(model) -> None:
     The first batch size gets code of its own, the second code for any batch size. The model's class says which its
     blocks are (`_no_split_modules`); ValueError where it does not.
     """
-    names = getattr(model, "_no_split_modules", None) or ()
-    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    blocks = _blocks_of(model)
     if not blocks:
         raise ValueError(f"`compile_blocks`: {type(model).__name__} does not say which modules are its blocks.")
     # Past torch's limit blocks silently run uncompiled; each may have its own widths, in training and evaluating.
@@ -23,3 +22,20 @@ def compile_blocks_(model) -> None:
         setattr(limits, name, max(getattr(limits, name), times * len(blocks)))
     for block in blocks:
         block.compile()
+
+
+def uncompile_blocks_(model) -> None:
+    """Run the blocks as they are again: compiled ones would be compiled anew for each width they are cut to."""
+    for block in _blocks_of(model):
+        block._compiled_call_impl = None
+
+
+def few_shapes(model, most: int | None) -> bool:
+    """Whether the blocks have at most `most` different shapes, each of which would be compiled; None: always."""
+    shapes = {tuple(tuple(p.shape) for p in block.parameters()) for block in _blocks_of(model)}
+    return most is None or len(shapes) <= most
+
+
+def _blocks_of(model) -> list:
+    names = getattr(model, "_no_split_modules", None) or ()
+    return [module for module in model.modules() if type(module).__name__ in names]

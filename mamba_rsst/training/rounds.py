@@ -161,14 +161,21 @@ def load_masks(path: Path) -> Masks:
     return load_file(path)
 
 
-def last_complete_checkpoint(folder: Path, processes: int = 1) -> str | None:
-    """The newest checkpoint whose writing was finished: trainer_state.json, and every process's random numbers."""
+WHOLE = ("optimizer.pt",)
+"""Files by which a checkpoint of whole weights is known; `sharding.checkpoint_files` has those of FSDP."""
+
+
+def last_complete_checkpoint(folder: Path, processes: int = 1, files: tuple[str, ...] = WHOLE) -> str | None:
+    """The newest checkpoint whose writing was finished: trainer_state.json, and every process's random numbers.
+
+    files: what else it must hold. One written under FSDP cannot be read without it, and the other way round.
+    """
     states = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
     checkpoints = []
     for path in folder.glob("checkpoint-*"):
         try:
             json.loads((path / "trainer_state.json").read_text())
-            if not all((path / name).is_file() for name in states):
+            if not all((path / name).is_file() for name in (*states, *files)):
                 continue
             checkpoints.append((int(path.name.rpartition("-")[2]), str(path)))
         except (OSError, ValueError):

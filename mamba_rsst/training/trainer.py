@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from itertools import islice
 
 import torch
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import AutocastKwargs, DistributedType, broadcast_object_list
 from huggingface_hub import upload_folder
 from transformers import Trainer, TrainerCallback, get_scheduler, set_seed
 from transformers.trainer_utils import TrainOutput
@@ -36,13 +36,14 @@ from ..pruning.schedules import schedule_value
 from ..pruning.weight_masks import check_weight_pruning, check_weight_sparsity
 from .arguments import UNPRUNED, RSSTConfig
 from .averaging import WeightAverage
-from .compiling import compile_blocks_
+from .compiling import compile_blocks_, few_shapes, uncompile_blocks_
 from .data import EpochSampler
 from .distillation import soft_target_loss
 from .first_stage import copy_first_stage, read_first_stage
 from .graphed_step import GraphedStep, capture
 from .rounds import (
     NOT_UPLOADED,
+    WHOLE,
     RunFolder,
     RunState,
     Stage,
@@ -53,9 +54,10 @@ from .rounds import (
     save_masks,
     save_tensors,
 )
+from .sharding import check_sharding, checkpoint_files, copy_marks, copy_to_shard, gather_, reshard_
 
 
-_FREE = ("compile_blocks", "cuda_graphs", "logging_nan_inf_filter")
+_FREE = ("compile_blocks", "compile_shapes", "cuda_graphs", "logging_nan_inf_filter")
 """Settings that a resumed run may change."""
 
 
@@ -102,10 +104,20 @@ class RSSTTrainer(Trainer):
             raise ValueError(f"`cuda_graphs` needs one process on one CUDA GPU; this run has {here}.")
         stages = plan_stages(args)
         super().__init__(model=model, args=args, **kwargs)
-        if args.method not in UNPRUNED and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError("Channels cannot be scored and cut in weights that FSDP or DeepSpeed has sharded.")
-        if args.ema_decay > 0 and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if args.method not in UNPRUNED and self.is_deepspeed_enabled:
+            raise ValueError("Channels cannot be scored and cut in weights that DeepSpeed has sharded; FSDP 2 can be.")
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if args.ema_decay > 0 and sharded:
             raise ValueError("`ema_decay` averages whole weights, not those that FSDP or DeepSpeed has sharded.")
+        if args.method == "unstructured" and sharded:
+            raise ValueError("method='unstructured' masks whole weights, not those that FSDP has sharded.")
+        self._fsdp = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if self._fsdp is not None:
+            check_sharding(self._fsdp, self.model, args)
+            # its own would round A_log to bf16; see autocast_smart_context_manager
+            self._fsdp.mixed_precision_policy = None
+            self.is_fsdp_enabled = False  # but while a stage trains: before and after it the model is whole
+        self._whole = None  # the whole model, which waits while a stage trains a sharded copy
         self.pruning = pruning
         self.eval_data_collator = eval_data_collator
         self.calibration = None if calibration is None else list(calibration)  # read again in every round
@@ -149,7 +161,8 @@ class RSSTTrainer(Trainer):
             for index in range(self.run_state.done, len(self.stages)):
                 output = self._run_stage(index, whole_run, **kwargs) or output
         finally:
-            for name in ("output_dir", "num_train_epochs", "learning_rate", "load_best_model_at_end"):
+            names = ("output_dir", "num_train_epochs", "learning_rate", "lr_scheduler_type", "load_best_model_at_end")
+            for name in names:
                 setattr(self.args, name, getattr(whole_run, name))
             self._stage = None
             self._forget_masks()
@@ -215,19 +228,21 @@ class RSSTTrainer(Trainer):
         self.args.output_dir = str(folder)
         self.args.num_train_epochs = stage.epochs
         self.args.learning_rate = stage.learning_rate
+        self.args.lr_scheduler_type = self._scheduler_of(stage, run_args)
         # The best weights of a stage that decays channels are its first: they would bring the leaving channels back.
         self.args.load_best_model_at_end = run_args.load_best_model_at_end and not stage.decay
         self._load_teacher(stage)
         output = None
         if stage.epochs > 0:
             self._fresh_optimizer()
-            if self.args.compile_blocks:
-                compile_blocks_(self.model)
-            set_seed(self.args.seed + index)
-            checkpoint = last_complete_checkpoint(folder, self.args.world_size)
-            if self.args.ema_decay > 0 and not stage.decay:
-                self._average.start(self.model, checkpoint)
-            output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+            files = WHOLE if self._fsdp is None else checkpoint_files(self._fsdp)
+            checkpoint = last_complete_checkpoint(folder, self.args.world_size, files)
+            with self._sharded():
+                (compile_blocks_ if self._compiles() else uncompile_blocks_)(self.model)
+                set_seed(self.args.seed + index)
+                if self.args.ema_decay > 0 and not stage.decay:
+                    self._average.start(self.model, checkpoint)
+                output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
             self._graphed = self._graphed_decay = None  # and with them the memory of a step's activations
         else:
             self.state.log_history, self.state.epoch = [], 0
@@ -257,6 +272,12 @@ class RSSTTrainer(Trainer):
         if self.is_world_process_zero():
             remove_checkpoints(folder)
         return output
+
+    def _scheduler_of(self, stage: Stage, args: RSSTConfig):
+        return (args.rsst_lr_scheduler_type if stage.decay else None) or args.lr_scheduler_type
+
+    def _compiles(self) -> bool:
+        return self.args.compile_blocks and few_shapes(self.model, self.args.compile_shapes)
 
     def _use_masks(self, masks: Masks) -> None:
         self._masks = {name: mask.to(self.args.device) for name, mask in masks.items()}  # read in every step
@@ -346,19 +367,39 @@ class RSSTTrainer(Trainer):
         self.model.__dict__.pop("_is_accelerate_prepared", None)
         self._move_model_to_device(self.model, self.args.device)
 
+    @contextlib.contextmanager
+    def _sharded(self):
+        """Under FSDP: `self.model` is a copy for accelerate to shard; afterwards the whole model, with its weights."""
+        if self._fsdp is None:
+            yield
+            return
+        whole = self._whole = self.model
+        self._move_model_to_device(whole, torch.device("cpu"))
+        self.model = self.model_wrapped = copy_to_shard(whole)
+        if self._masks:  # the table, bound to the parameters that are trained
+            self._leaving_groups = [g for g in self._groups() if g.name in self._masks]
+        self.is_fsdp_enabled = True
+        try:
+            yield
+            gather_(whole, self.model)
+        finally:
+            self.is_fsdp_enabled = False
+            self._whole, self._leaving_groups = None, []
+            self.model = self.callback_handler.model = whole
+            self.callback_handler.optimizer = self.callback_handler.lr_scheduler = None  # nor do they hold the copy
+            self._fresh_optimizer()
+
     def _set_model(self, folder) -> None:
         model = type(self.model).from_pretrained(folder)
-        given = dict(self.model.named_parameters())
-        for name, parameter in model.named_parameters():  # a file holds neither what is frozen nor flags
-            parameter.requires_grad_(given[name].requires_grad)
-            parameter.__dict__.update(given[name].__dict__)
+        copy_marks(self.model, model)  # a file holds neither what is frozen nor flags
         self._move_model_to_device(model, self.args.device)
         model.train(self.model.training)
         self.model = self.model_wrapped = model
 
     def _save_model_folder(self, path) -> None:
+        model = self.model if self._whole is None else gather_(self._whole, self.model)
         if self.is_world_process_zero():
-            _replace_folder(self.model, path)
+            _replace_folder(model, path)
         self.accelerator.wait_for_everyone()
 
     def _write_state(self) -> None:
@@ -371,6 +412,8 @@ class RSSTTrainer(Trainer):
         training, since a resumed run may skip an evaluation."""
         with torch.random.fork_rng(devices=[]), self._average.in_place():
             metrics = super().evaluate(*args, **kwargs)
+        if self._whole is not None:
+            reshard_(self.model)
         self._start_clock()
         return metrics
 
@@ -442,6 +485,12 @@ class RSSTTrainer(Trainer):
             self._clipped = list(self.model.parameters())
         self.accelerator.unscale_gradients()
         return torch.nn.utils.clip_grad_norm_(self._clipped, self.args.max_grad_norm)
+
+    def autocast_smart_context_manager(self, cache_enabled=True):
+        """Trainer's, and under FSDP the autocast that accelerate puts around a whole model: A_log stays fp32."""
+        if self._whole is None:
+            return super().autocast_smart_context_manager(cache_enabled)
+        return self.accelerator.autocast(AutocastKwargs(cache_enabled=False))  # a cache would keep all blocks' weights
 
     def floating_point_ops(self, inputs) -> int:
         """Trainer's estimate, 6 * inputs * parameters, without counting the parameters again in every step."""
@@ -549,14 +598,15 @@ class RSSTTrainer(Trainer):
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=stage.learning_rate)
         try:
             scheduler = get_scheduler(
-                args.lr_scheduler_type,
+                self._scheduler_of(stage, args),
                 optimizer,
                 num_warmup_steps=args.get_warmup_steps(steps),
                 num_training_steps=steps,
                 scheduler_specific_kwargs=args.lr_scheduler_kwargs,
             )
         except TypeError as error:
-            raise ValueError(f"`lr_scheduler_kwargs` do not fit {args.lr_scheduler_type.value!r}: {error}") from error
+            kind = self._scheduler_of(stage, args).value
+            raise ValueError(f"`lr_scheduler_kwargs` do not fit {kind!r}: {error}") from error
         self._strength(stage, scheduler, steps)
 
     def _decay_step(self) -> None:

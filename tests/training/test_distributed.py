@@ -83,11 +83,12 @@ class Killed(BaseException):
     pass
 
 
-def train(folder, batch, kill=False, method="refill"):
+def train(folder, batch, kill=False, method="refill", **more):
     """All stages of a run; with `kill`, interrupted in the first stage and in the last, and resumed."""
 
     def trainer_of():
         arguments = dict(per_device_train_batch_size=batch, num_train_epochs=2, save_strategy="steps", save_steps=2)
+        arguments |= more
         arguments |= dict(method=method) if method == "rsst" else dict(method=method, rewind="step", rewind_step=2)
         augmentation = BatchAugmentation(AugmentationConfig(crop_padding=1, mixup=0.5, cutmix=0.0))
         return make_trainer(folder, augmentation=augmentation, num_rounds=2, **arguments)
