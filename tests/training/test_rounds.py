@@ -177,10 +177,10 @@ def test_masks_come_back_as_they_were(tmp_path):
         assert loaded[name].dtype == torch.bool and torch.equal(loaded[name], mask)
 
 
-def checkpoint(folder, step, state="{}", random_numbers=("rng_state.pth",)):
+def checkpoint(folder, step, state="{}", random_numbers=("rng_state.pth",), weights=("optimizer.pt",)):
     path = folder / f"checkpoint-{step}"
     path.mkdir()
-    for name in random_numbers:
+    for name in (*random_numbers, *weights):
         (path / name).touch()
     if state is not None:
         (path / "trainer_state.json").write_text(state)
@@ -194,6 +194,8 @@ def test_the_newest_whole_checkpoint_counts(tmp_path):
     checkpoint(tmp_path, 11, state=None)  # killed before its state was written
     checkpoint(tmp_path, 12, state='{"global_st')  # or while it was
     checkpoint(tmp_path, 13, random_numbers=())
+    checkpoint(tmp_path, 14, weights=("optimizer.bin",))  # of FSDP
+    assert last_complete_checkpoint(tmp_path, files=("optimizer.bin",)) == str(tmp_path / "checkpoint-14")
     assert last_complete_checkpoint(tmp_path) == checkpoints[10]
     (tmp_path / "model").mkdir()
     remove_checkpoints(tmp_path)

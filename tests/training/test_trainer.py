@@ -605,3 +605,27 @@ def test_the_scores_of_a_choice_are_kept_and_those_before_the_cut(tmp_path):
     expected = score_groups(load_stage(tmp_path / "prune", "train"), PruningConfig(**PRUNING))
     assert sorted(scores) == sorted(f"before:{name}" for name in expected)
     assert all(torch.equal(scores[f"before:{name}"], score) for name, score in expected.items())
+
+
+def test_a_decaying_stage_may_have_a_schedule_of_its_own(tmp_path):
+    arguments = dict(lr_scheduler_type="linear", rsst_lr_scheduler_type="constant", rsst_epochs=2)
+    trainer, _ = run(tmp_path, **arguments)
+    rates = {stage: [entry["learning_rate"] for entry in logs_of(trainer, stage)] for stage in ("rsst-1", "recover-1")}
+    assert rates["rsst-1"] == [1e-2] * 6
+    assert rates["recover-1"] == pytest.approx([1e-2, 1e-2 * 2 / 3, 1e-2 / 3])
+    assert trainer.args.lr_scheduler_type == "linear"
+    last = logs_of(trainer, "rsst-1")[-1]
+    assert last["leaving_share"] < 0.05  # the strength was solved for under the stage's own rates
+
+
+@pytest.mark.parametrize("most, compiled", [(None, ["train", "rsst-1", "recover-1"]), (1, ["train", "rsst-1"])])
+def test_compile_shapes_spares_uneven_models_the_compiler(tmp_path, monkeypatch, most, compiled):
+    """Whether each stage's blocks run as compiled code; compiling itself is stood in for."""
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda m: setattr(m, "_compiled_call_impl", m._call_impl))
+
+    def blocks(trainer):
+        return {block._compiled_call_impl is not None for block in trainer.model.backbone.layers}
+
+    _, spy = run(tmp_path, at_start=blocks, compile_blocks=True, compile_shapes=most)
+    assert [stage for stage, found in spy.found.items() if found == {True}] == compiled
+    assert all(len(found) == 1 for found in spy.found.values())
