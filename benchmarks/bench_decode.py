@@ -17,6 +17,7 @@ import transformers
 
 from mamba_rsst import MambaForCausalLM, MambaRsstConfig, PruningConfig, prune_
 from mamba_rsst.models.mamba_mixer import FP32_PARAMETERS
+from mamba_rsst.speed import cache_name
 
 
 SHAPE = dict(hidden_size=768, num_hidden_layers=24, vocab_size=50280)
@@ -82,13 +83,13 @@ class Decode:
 
     def __init__(self, model, step=None):
         self.model, self.step = model, model if step is None else step
-        self.token = tokens(model, 1)
+        self.token, name = tokens(model, 1), cache_name(model)
         with torch.no_grad():
-            self.cache = model(tokens(model, 16), use_cache=True).cache_params
+            self.cache = {name: model(tokens(model, 16), use_cache=True)[name]}
 
     @torch.no_grad()
     def one(self):
-        logits = self.step(self.token, cache_params=self.cache, use_cache=True).logits
+        logits = self.step(self.token, **self.cache, use_cache=True).logits
         self.token.copy_(logits[:, -1:].argmax(-1))
 
     def __call__(self):

@@ -13,8 +13,12 @@ METHODS = {
 penalty while the rest learned to do without them; then cut out (regularised structured sparsity training, RSST).""",
     "refill": """The network was trained, an unstructured magnitude mask told how many channels each layer needs, the
 best ones were kept whole and the others were cut out (refill, Chen et al. 2022).""",
-    "one shot": """The network was trained, its channels were scored, and the lowest were cut out at once.""",
+    "prune": """The network was trained, its channels were scored, and the lowest were cut out.""",
+    "unstructured": """The network was trained, and the smallest of its single weights were set to zero and kept there
+(unstructured magnitude pruning). Its tensors are as large as before: on ordinary hardware it is not faster.""",
 }
+SCRATCH = """Ordinary training from new weights, of a network as small as pruning would have left it: the control that
+a pruned one must beat."""
 TARGETS = {"d_inner": "channels of the state-space layers", "intermediate_size": "neurons of the MLPs"}
 NOT_PRUNED = "It is not pruned: the baseline that pruned models are compared with."
 PRUNED = """It was made smaller by *structured pruning*: whole channels were taken out of its layers. The tensors
@@ -93,15 +97,17 @@ def _card_text(results, words, recipe, dataset, repo) -> str:
     last = results["rows"][-1]["name"]
     figures = "![Channels kept in each layer](figures/widths.png)\n\n" if results.get("widths") else ""
     figures += "![Loss, quality and penalty](figures/training.png)" if results.get("trained", True) else ""
-    method = results.get("method")
-    if method == "refill" and results.get("allocation") == "scores":
-        method = "one shot"  # Refill without its unstructured mask
+    method = method_of(results)
     done = [METHODS.get(method, f"Method: {method or MISSING}.")]
     done[0] += "\nThe smaller network was then trained on to recover.\n" if last == "recovered" else "\n"
     for target, removed in results.get("channel_sparsity", {}).items():
         done.append(f"- {TARGETS.get(target, 'channels')} (`{target}`): {removed:.1%} removed")
     done += [f"- parameters: {results['param_reduction']:.1%} fewer"] if "param_reduction" in results else []
-    done = "\n".join(done) if last != "dense" else "Ordinary training; no channel was removed."
+    if "weight_sparsity" in results:
+        done.append(f"- weights that are zero: {results['weight_sparsity']:.1%} of those that may be masked")
+    if last == "dense":
+        done = [SCRATCH if method == "scratch" else "Ordinary training; no channel was removed."]
+    done = "\n".join(done)
     minutes = f"{results['seconds'] / 60:.1f}" if "seconds" in results else MISSING
     versions = ", ".join(" ".join(map(str, item)) for item in results.get("versions", {}).items())
     return f"""# {repo.split("/")[-1]}
@@ -152,6 +158,14 @@ Seed {results.get("seed", MISSING)}, {minutes} minutes, with {versions or MISSIN
 Mamba [arXiv:2312.00752](https://arxiv.org/abs/2312.00752), Vision Mamba [2401.09417](https://arxiv.org/abs/2401.09417),
 structured lottery tickets (Chen et al. 2022) [2202.04736](https://arxiv.org/abs/2202.04736).
 """
+
+
+def method_of(results: dict) -> str | None:
+    """The method by the name that METHODS has for it."""
+    method = results.get("method")
+    if method == "refill" and results.get("allocation") == "scores":
+        return "prune"  # Refill without its unstructured mask
+    return method
 
 
 NOT_ON_THE_HUB = ("digits", "induction", "selective_copying")

@@ -1,4 +1,4 @@
-"""The command line: train, prune, inspect, eval, bench, convert, export, push. Bad input: one sentence, exit 2."""
+"""The command line, one function a command. Bad input: one sentence, exit 2."""
 
 import argparse
 import os
@@ -11,7 +11,7 @@ DEBUG_VARIABLE = "MAMBA_RSST_DEBUG"
 def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
-    if args.command == "train" and all("=" in word and not word.startswith("-") for word in rest):
+    if args.command in ("train", "sweep") and all("=" in word and not word.startswith("-") for word in rest):
         args.overrides += rest  # argparse takes no positional arguments behind an option: train RECIPE --resume a.b=c
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"mamba-rsst {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        hint = "; go on with --resume" if args.command == "train" else ""
+        hint = "; go on with --resume" if args.command in ("train", "sweep") else ""
         print(f"\nmamba-rsst {args.command}: interrupted{hint}.", file=sys.stderr)
         return 130
     return 0
@@ -50,6 +50,19 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="changes to the recipe")
     train.add_argument("--resume", action="store_true", help="go on with an interrupted run, same recipe")
     train.set_defaults(run=_train)
+
+    sweep = commands.add_parser("sweep", help="many runs from one file, gathered into one table and one figure")
+    sweep.add_argument("sweep", help="YAML file, see recipes/sweeps/")
+    sweep.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="section.key=value",
+        help="changes to every run; runs.NAME.section.key=value to one; output_dir=FOLDER to the sweep",
+    )
+    sweep.add_argument("--resume", action="store_true", help="go on with a sweep, or join one that is going on")
+    sweep.add_argument("--dry-run", action="store_true", help="print the runs, write nothing")
+    sweep.set_defaults(run=_sweep)
 
     prune = commands.add_parser("prune", help="cut a checkpoint in one shot, without training")
     prune.add_argument("model", help="folder or hub id")
@@ -115,7 +128,9 @@ def _parser() -> argparse.ArgumentParser:
     words.add_argument("--include-path", action="append", metavar="FOLDER", help="more task files; may be repeated")
     words.add_argument("--limit", type=float, help="only the first so many documents of a task; below 1, a fraction")
     words.add_argument("--num-fewshot", type=int, help="examples in front of each question")
-    words.add_argument("--max-length", type=int, help="tokens the model may see at once (default 2048)")
+    words.add_argument(
+        "--max-length", type=int, help="tokens the model may see at once (default: what the tokenizer says, else 2048)"
+    )
     words.add_argument("--json", metavar="FILE", help="write lm-eval's whole results there too")
     evaluate.set_defaults(run=_eval)
 
@@ -136,6 +151,11 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--rounds", type=int, default=10, help="turns of each model (default 10)")
     bench.add_argument("--json", metavar="FILE", help="write the figures there too")
     bench.set_defaults(run=_bench)
+
+    page = commands.add_parser("report", help="one HTML page about a run, or about several compared")
+    page.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, finished or not")
+    page.add_argument("--out", metavar="FILE", help="default: RUN/report.html; of several runs, ./report.html")
+    page.set_defaults(run=_report)
 
     convert = commands.add_parser("convert", help="a Mamba checkpoint of transformers or mamba_ssm as this package's")
     convert.add_argument("model", help="folder or hub id")
@@ -163,6 +183,24 @@ def _train(args) -> None:
     from .run import run_recipe
 
     run_recipe(load_recipe(args.recipe, args.overrides), resume=args.resume)
+
+
+def _sweep(args) -> None:
+    from .sweep import load_sweep, print_plan
+
+    sweep = load_sweep(args.sweep, args.overrides)
+    if args.dry_run:
+        print_plan(sweep)
+        return
+    from .sweep_report import print_table
+    from .sweep_run import run_sweep
+
+    results = run_sweep(sweep, resume=args.resume)
+    print_table(results)
+    print(f"\nSaved to {sweep.output_dir}: results.md, results.json and figures/sweep.png.")
+    failed = [run["folder"] for run in results["runs"] if run["status"] == "failed"]
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(results['runs'])} runs failed: {', '.join(failed)}.")
 
 
 def _fraction(word: str):
@@ -240,6 +278,17 @@ def _sparsity(args):
     if len(named) != len(args.sparsity):
         raise ValueError("--sparsity is one fraction, or TARGET=FRACTION once for each target.")
     return named
+
+
+def _report(args) -> None:
+    from pathlib import Path
+
+    from .html_report import write_report
+
+    if args.out is not None:
+        _writable(Path(args.out).expanduser(), args.out)
+    out = write_report([Path(run).expanduser() for run in args.runs], args.out and Path(args.out).expanduser())
+    print(f"Written to {out}; it needs no other file.")
 
 
 def _move(model, device: str) -> None:

@@ -70,7 +70,7 @@ def language_model_costs(config: MambaRsstConfig, dtype: torch.dtype) -> dict[st
         weights = {name: torch.empty(tensor.shape, dtype=dtype) for name, tensor in model.named_parameters()}
         call = (model, weights, torch.zeros(1, 1, dtype=torch.long), {"use_cache": True})
         with FlopCounterMode(display=False) as counter:
-            layers = torch.func.functional_call(*call).cache_params.layers
+            layers = torch.func.functional_call(*call).cache.layers
     states = [state for layer in layers for state in (layer.conv_states[0], layer.recurrent_states[0])]
     return {
         "parameters": count_parameters(model),

@@ -52,7 +52,8 @@ def evaluate_lm(
         memory comes back as it was: modes, device, gradients, tokenizer and random numbers.
     tasks: names, which may hold * and ?, of the harness's tasks, of this project's, and of those in `include_path`.
     tokenizer: itself, or its folder or hub id; default: what is saved beside the model.
-    batch_size: sequences in one forward.  max_length: tokens the model may see at once (the harness's default, 2048).
+    batch_size: sequences in one forward.  max_length: tokens the model may see at once; default the tokenizer's
+        `model_max_length` where it has one, which may be far more than fits into memory, else the harness's 2048.
     limit: only the first so many documents of each task; below 1, a fraction of them.  num_fewshot: examples in front.
     include_path: folder, or folders, of further task files.
     data: folder that this project's tasks read from; default: the environment variable MAMBA_RSST_DATA.

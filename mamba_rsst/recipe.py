@@ -85,23 +85,28 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
     """Read a YAML file, apply `section.key=value` overrides and validate. Raises RecipeError or FileNotFoundError."""
+    content = read_yaml(path)
+    if not isinstance(content, dict):
+        raise RecipeError(f"{str(path)!r} must hold the sections {SECTIONS}, got {type(content).__name__}.")
+    for override in overrides:
+        set_key(content, *parse_override(override))
+    return build_recipe(content, default_output=f"runs/{Path(path).stem}")
+
+
+def read_yaml(path: str | Path):
+    """What a YAML file holds; a key that stands twice is an error. Raises RecipeError or FileNotFoundError."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no recipe {str(path)!r}.")
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
+        return yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: text that is not UTF-8, a date that does not exist
         raise RecipeError(f"{str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise RecipeError(f"{str(path)!r} must hold the sections {SECTIONS}, got {type(content).__name__}.")
-    for override in overrides:
-        _override(content, override)
-    return build_recipe(content, default_output=f"runs/{path.stem}")
 
 
 def build_recipe(content: dict, default_output: str = "runs/run") -> Recipe:
     """A Recipe from nested dicts, as YAML reads them. Raises RecipeError."""
-    _check_keys(content, SECTIONS, "")
+    check_keys(content, SECTIONS, "")
     if not isinstance(content.get("task"), str) or content["task"] not in TASKS:
         raise RecipeError(f"`task` must be one of {list(TASKS)}, got {content.get('task')!r}.")
     task = TASKS[content["task"]]
@@ -109,14 +114,16 @@ def build_recipe(content: dict, default_output: str = "runs/run") -> Recipe:
         if not isinstance(content.get(section), dict):
             raise RecipeError(f"The recipe needs a section `{section}` with keys below it.")
     fields = _field_types(RSSTConfig)
-    _check_keys(content["training"], fields, "training.")
+    check_keys(content["training"], fields, "training.")
     training = {k: coerce(v, fields[k], f"training.{k}") for k, v in content["training"].items()}
     training["output_dir"] = training.get("output_dir") or default_output
     try:
         RSSTConfig.check(**training)
     except ValueError as error:
         raise RecipeError(f"training: {error}") from error
-    pruning = _section(PruningConfig, content.get("pruning"), "pruning")
+    if training.get("method") == "scratch" and content["model"].get("path") is not None:
+        raise RecipeError("training.method=scratch builds a new model: it needs `model.preset`, not `model.path`.")
+    pruning = _section(PruningConfig, _with_rate(content.get("pruning"), training), "pruning")
     method = training.get("method", "rsst")
     if pruning is None and method != "dense":
         raise RecipeError(f"The recipe needs a section `pruning` for training.method={method}.")
@@ -132,6 +139,13 @@ def build_recipe(content: dict, default_output: str = "runs/run") -> Recipe:
     )
 
 
+def _with_rate(pruning, training: dict):
+    """The section `pruning` with the sparsity that training.round_rate comes to, unless it names one itself."""
+    if isinstance(pruning, dict) and "sparsity" not in pruning and training.get("round_rate") is not None:
+        return {**pruning, "sparsity": 1.0 - (1.0 - training["round_rate"]) ** training.get("num_rounds", 1)}
+    return pruning
+
+
 SECTIONS = [f.name for f in dataclasses.fields(Recipe)]
 
 
@@ -142,7 +156,7 @@ def _model_section(content: dict, task: Task) -> ModelSection:
         **MambaRsstBaseConfig.__annotations__,
         **task.config_class.__annotations__,
     }
-    _check_keys(content, fields, "model.")
+    check_keys(content, fields, "model.")
     values = {k: coerce(v, fields[k], f"model.{k}") for k, v in content.items()}
     start = {k: values.pop(k) for k in ("preset", "path") if k in values}
     try:
@@ -162,7 +176,7 @@ def _section(cls, content, name):
     if not isinstance(content, dict):
         raise RecipeError(f"`{name}` must be a section with keys below it, got {content!r}.")
     fields = _field_types(cls)
-    _check_keys(content, fields, f"{name}.")
+    check_keys(content, fields, f"{name}.")
     try:
         return cls(**{k: coerce(v, fields[k], f"{name}.{k}") for k, v in content.items()})
     except RecipeError:
@@ -176,7 +190,8 @@ def _field_types(cls) -> dict[str, object]:
     return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init and not f.name.startswith("_")}
 
 
-def _check_keys(content: dict, known, prefix: str) -> None:
+def check_keys(content: dict, known, prefix: str) -> None:
+    """Raises RecipeError for the first unknown key, with the one that it may have been meant for."""
     for key in content:
         if key not in known:
             close = difflib.get_close_matches(str(key), known, n=1)
@@ -247,23 +262,30 @@ def _spell(kind) -> str:
     return names.get(kind) or str(kind).replace("typing.", "")
 
 
-def _override(content: dict, text: str) -> None:
+def parse_override(text: str) -> tuple[str, object]:
+    """`section.key=value` -> the key and the value as YAML reads it."""
     key, equals, value = text.partition("=")
-    section, dot, name = key.partition(".")
-    if not equals or (not dot and key != "task"):
+    if not equals or ("." not in key and key != "task"):
         raise RecipeError(f"An override is `section.key=value`, got {text!r}.")
     try:
-        value = yaml.safe_load(value)
+        return key, yaml.safe_load(value)
     except (yaml.YAMLError, ValueError) as error:
         raise RecipeError(f"The value of the override {text!r} is not valid YAML.") from error
+
+
+def set_key(content: dict, key: str, value) -> None:
+    """Put a value in the place of `section.key` in a recipe's nested dicts. Raises RecipeError."""
+    section, dot, name = key.partition(".")
     if key == "task":
         content["task"] = value
         return
-    _check_keys({section: None}, SECTIONS, "")
+    check_keys({section: None}, SECTIONS, "")
+    if not dot:
+        raise RecipeError(f"A change to a recipe names `section.key`, got {key!r}.")
     if content.get(section) is None:
         content[section] = {}
     if not isinstance(content[section], dict):
-        raise RecipeError(f"`{section}` holds no keys: {text!r} has nowhere to go.")
+        raise RecipeError(f"`{section}` holds no keys: {key!r} has nowhere to go.")
     name, dot, inner = name.partition(".")
     if dot:  # one level more: pruning.sparsity.d_inner=0.5
         if not isinstance(content[section].get(name), dict):

@@ -1,12 +1,10 @@
-"""What a person looks at: result tables and two figures.
+"""What a person looks at: result tables. Also how files are written.
 
 `results` is the content of results.json. Its `rows` ("dense", "cut", "recovered") hold accuracy (a fraction),
 perplexity, parameters, macs (of one image or token), images_per_s or tokens_per_s (_low and _high: quartiles),
 peak_memory (bytes); a dash where missing.
-`history` is a Trainer's `log_history`, each entry with its `stage` and an `epoch` that never restarts.
 """
 
-import io
 import os
 from itertools import groupby
 from pathlib import Path
@@ -14,9 +12,8 @@ from pathlib import Path
 
 MISSING = "–"
 
-# Okabe and Ito's palette (two of them darker, for text), which colour-blind readers can tell apart
-BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#00785A", "#AA4499", "#555555"
-TINTS = {"train": "#E4ECF4", "rsst": "#FBEEDB", "recover": "#E3F2EA"}
+RECIPE_FILE, RESULTS_FILE, LOG_FILE = "recipe.yaml", "results.json", "training_log.jsonl"
+"""In a run's folder: the first says that it is one, the second that the run is finished."""
 
 
 def write_atomic(path, content: bytes | str) -> Path:
@@ -80,14 +77,14 @@ def results_table(results: dict):
     from rich.table import Table
 
     title = " ".join(str(results[key]) for key in ("model", "dataset", "method") if results.get(key))
-    table = Table(title=title, caption=_notes(results), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table = Table(title=title, caption=notes_of(results), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("Model", no_wrap=True)
     for title, key, *_ in columns_of(results):
         least = len(title) if key in ("accuracy", "perplexity") else None  # one word, which would be cut off
         # On a narrow screen the others wrap.
         table.add_column(title, justify="right", min_width=least, no_wrap=key.endswith("_per_s"))
     for row in results["rows"]:
-        table.add_row(*_cells(row, results))
+        table.add_row(*cells_of(row, results))
     return table
 
 
@@ -101,11 +98,11 @@ def results_markdown(results: dict) -> str:
     """The same table in Markdown, without its title."""
     columns = columns_of(results)
     lines = [["Model", *(column[0] for column in columns)], [":--", *["--:"] * len(columns)]]
-    lines += [_cells(row, results) for row in results["rows"]]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\n" + _notes(results)
+    lines += [cells_of(row, results) for row in results["rows"]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\n" + notes_of(results)
 
 
-def _cells(row, results) -> list[str]:
+def cells_of(row, results) -> list[str]:
     """The row's name and values, each with (compared with dense, quartiles) as far as they are known."""
     dense = next((other for other in results["rows"] if other["name"] == "dense"), {})
     cells = [row["name"]]
@@ -122,7 +119,7 @@ def _cells(row, results) -> list[str]:
     return cells
 
 
-def _notes(results) -> str:
+def notes_of(results) -> str:
     batch, device = results.get("batch_size", MISSING), results.get("device", MISSING)
     accuracy = columns_of(results)[0] is ACCURACY
     notes = ["In brackets: against dense" + " (accuracy in points)" * accuracy + "."]
@@ -278,131 +275,3 @@ def widths_table(table: list[dict]):
         layer = "all" if row["layer"] is None else str(row["layer"])
         shown.add_row(layer, *cells, style=style, end_section=row is table[-1])
     return shown
-
-
-# ---- figures ----
-def plot_widths(widths: dict, path) -> Path:
-    """PNG: one panel a target, one bar a layer, the dense width in outline and the kept width filled.
-
-    widths: {"d_inner": {"dense": [one int a layer], "kept": [one int a layer]}, ...}
-    """
-    for target, both in widths.items():
-        if len(both["dense"]) != len(both["kept"]):
-            raise ValueError(f"{target}: {len(both['dense'])} dense widths but {len(both['kept'])} kept ones.")
-    widths = {target: both for target, both in widths.items() if sum(both["dense"])}  # no MLP: no panel
-    if not widths:
-        raise ValueError("There are no widths to plot.")
-
-    layers = max(len(both["dense"]) for both in widths.values())
-    figure, panels = _figure(min(max(3 + 0.42 * layers, 6), 11), 0.5 + 2.6 * len(widths), len(widths))
-    for panel, (target, both) in zip(panels, widths.items(), strict=True):
-        dense, kept, top = both["dense"], both["kept"], max(*both["dense"], *both["kept"])
-        bars = panel.bar(range(len(kept)), kept, width=0.8, color=BLUE, label="kept")
-        panel.bar(range(len(kept)), dense, width=0.8, fill=False, edgecolor=GREY, linewidth=0.9, label="dense")
-        if layers <= 24:  # the number inside its bar, or above a bar too low for it
-            size = 9 if layers <= 16 else 7.5
-            for inside, padding, colour in ((False, 1, "black"), (True, -size - 4, "white")):
-                numbers = [width if (width > 0.2 * top) == inside else "" for width in kept]
-                panel.bar_label(bars, numbers, padding=padding, fontsize=size, color=colour)
-            panel.set_xticks(range(layers))
-        share = f"{sum(kept) / sum(dense):.1%}"
-        panel.set_title(f"{target}: {sum(kept):,} of {sum(dense):,} channels kept ({share})", loc="left")
-        panel.set(ylabel="channels", ylim=(0, 1.08 * top), xlim=(-0.7, layers - 0.3))
-    panels[-1].set_xlabel("layer")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
-    return _save(figure, path)
-
-
-def plot_training(history: list[dict], path) -> Path:
-    """PNG over cumulative epochs, the stages shaded: loss and quality; below, lambda and the leaving channels' share.
-
-    Quality is the accuracy, or where there is none the perplexity.
-
-    What the history lacks is left out, and with it the lower panel (a baseline has no lambda).
-    """
-    history = [entry for entry in history if "epoch" in entry]
-    keys = ("loss", "eval_accuracy", "eval_perplexity", "lambda", "leaving_share")
-    series = {key: _series(history, key) for key in keys}
-    quality = ("eval_accuracy", "eval accuracy (%)", ORANGE, "o--")
-    if not series["eval_accuracy"][0]:
-        quality = ("eval_perplexity", "eval perplexity", ORANGE, "o--")
-    plan = [
-        [("loss", "train loss", BLUE, ".-"), quality],
-        [("lambda", "penalty λ", GREEN, ".-"), ("leaving_share", "leaving channels' share", PURPLE, "o--")],
-    ]
-    plan = [lines for lines in ([line for line in panel if series[line[0]][0]] for panel in plan) if lines]
-    if not plan:
-        raise ValueError("The history holds neither loss nor quality nor penalty: there is nothing to plot.")
-
-    figure, panels = _figure(10, 4.2 if len(plan) == 1 else 6.6, len(plan), height_ratios=[3, 2][: len(plan)])
-    for panel, lines in zip(panels, plan, strict=True):
-        for index, (key, label, colour, style) in enumerate(lines):
-            axis = panel.twinx() if index else panel
-            axis.spines["top"].set_visible(False)
-            epochs, values = series[key]
-            axis.plot(epochs, values, style, color=colour, markersize=4 if len(epochs) <= 100 else 0, clip_on=False)
-            axis.set_ylabel(label, color=colour, fontsize=11)
-            positive = [value for value in values if value > 0]  # nan, which breaks the line, is not
-            if (
-                key in ("eval_perplexity", "lambda", "leaving_share")
-                and positive
-                and max(positive) > 10 * min(positive)
-            ):
-                axis.set_yscale("log", nonpositive="mask")
-            axis.tick_params(axis="y", which="both", colors=colour, labelsize=10)
-    _shade_stages(history, panels, inches=8)
-    panels[-1].set_xlabel("epoch, all stages together")
-    return _save(figure, path)
-
-
-def _series(history, key) -> tuple[list, list]:
-    """Epochs and values of `key` (accuracy in percent), a nan between two stages so that the line breaks there."""
-    epochs, values = [], []
-    for _, entries in groupby(history, key=lambda entry: entry.get("stage")):
-        points = [(entry["epoch"], entry[key]) for entry in entries if entry.get(key) is not None]
-        for epoch, value in [(points[0][0], float("nan")), *points] if points else ():
-            epochs.append(epoch)
-            values.append(100 * value if key == "eval_accuracy" else value)
-    return epochs, values
-
-
-def _shade_stages(history, panels, inches):
-    """Tint each stage in every panel and name it above the first, upright where the names would not fit."""
-    spans, start = [], 0.0
-    for stage, entries in groupby(history, key=lambda entry: entry.get("stage")):
-        end = max(entry["epoch"] for entry in entries)
-        if stage and end > start:
-            spans.append((stage, start, end))
-        start = max(start, end)
-    panels[0].set_xlim(0, start or 1)
-    scale, last = inches / (start or 1), -1.0
-    upright = any(0.09 * len(stage) > scale * (end - begin) for stage, begin, end in spans)
-    style = {"ha": "center", "va": "bottom", "rotation": 90 if upright else 0, "fontsize": 10, "color": GREY}
-    for stage, begin, end in spans:
-        for panel in panels:
-            panel.axvspan(begin, end, color=TINTS.get(stage.split("-")[0], "#EFEFEF"), lw=0, zorder=-1)
-            panel.axvline(end, color="white", linewidth=1.5, zorder=-1)
-        middle = (begin + end) / 2
-        if not upright or scale * middle - last > 0.18:
-            panels[0].text(middle, 1.02, stage, transform=panels[0].get_xaxis_transform(), **style)
-            last = scale * middle
-
-
-def _figure(width, height, rows, **options):
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
-    panels = figure.subplots(rows, sharex=True, squeeze=False, **options)[:, 0]
-    for panel in panels:
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(axis="y", color="#D9D9D9", linewidth=0.6)
-        panel.set_axisbelow(True)
-        panel.xaxis.label.set_size(11)
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    return figure, panels
-
-
-def _save(figure, path) -> Path:
-    figure.savefig(png := io.BytesIO(), format="png")
-    return write_atomic(path, png.getvalue())

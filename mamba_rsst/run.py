@@ -1,5 +1,7 @@
 """One recipe from beginning to end: data, model, stages, then the table, the figures and the model card."""
 
+import copy
+import dataclasses
 import json
 import platform
 import shutil
@@ -9,37 +11,44 @@ import torch
 import transformers
 from transformers import set_seed
 
-from . import card, evaluation, report, speed
-from .pruning import find_groups
-from .recipe import Recipe
+from . import card, evaluation, figures, report, speed
+from .pruning import find_groups, prune_, weight_sparsity
+from .recipe import Recipe, load_recipe
+from .report import LOG_FILE, RECIPE_FILE, RESULTS_FILE
 from .tasks import TASKS
+from .training.first_stage import differing_settings
 from .training.trainer import RSSTTrainer
 
 
-RECIPE_FILE = "recipe.yaml"
-RESULTS_FILE = "results.json"
+FULL_SIZE = "full_size"
+"""Results of method "scratch": what the model would cost at its full size, measured beside it."""
 
 
-def run_recipe(recipe: Recipe, resume: bool = False, data=None) -> dict:
+def run_recipe(recipe: Recipe, resume: bool = False, data=None, first_stage=None) -> dict:
     """Train and prune as the recipe says; everything ends up in its `training.output_dir`. Returns the results.
 
     data: what `TASKS[recipe.task].load_data` gave for a recipe with the same `data`, to load it once for several runs.
+    first_stage: folder of a finished run of method "dense" whose training a new run takes over as its first stage; it
+    must agree in everything that this stage depends on. The run ends in the same weights as without it.
     Raises ValueError, before anything is written, if that folder holds another run or anything else.
     """
     task = TASKS[recipe.task]
     args = recipe.training_arguments()
     folder = Path(args.output_dir)
     _check_folder(folder, recipe, resume)
+    if first_stage is not None:
+        _check_first_stage(recipe, Path(first_stage))
     set_seed(args.seed)
     data = task.load_data(recipe) if data is None else data
-    trainer = _trainer(recipe, args, task.start_model(recipe, data), data)
+    set_seed(args.seed)  # the same start whether the data were loaded here or given
+    trainer = _trainer(recipe, args, _start_model(task, recipe, data), data)
     trainer.accelerator.wait_for_everyone()  # every process has found the folder free before one writes to it
     if trainer.is_world_process_zero():
         _claim(folder, recipe, resume)
-    trainer.train(resume_from_checkpoint=resume and trainer.run_folder.exists())
+    trainer.train(resume_from_checkpoint=resume and trainer.run_folder.exists(), first_stage=first_stage)
     results = None
     if trainer.is_world_process_zero():
-        results = _finish(trainer, recipe, folder)
+        results = _finish(trainer, recipe, folder, data)
         report.print_results(results)
         print(f"\nSaved to {folder}: the model, its card (README.md), the figures and {RESULTS_FILE}.")
     trainer.accelerator.wait_for_everyone()
@@ -78,18 +87,38 @@ def _claim(folder: Path, recipe: Recipe, resume: bool) -> None:
         raise ValueError(f"{str(folder)!r} has just been taken by another run.") from None
 
 
+def _check_first_stage(recipe: Recipe, source: Path) -> None:
+    other = load_recipe(source / RECIPE_FILE)
+    if names := differing_settings(recipe.to_dict(), other.to_dict()):
+        raise ValueError(f"{str(source)!r} cannot give this run its first stage: they differ in {', '.join(names)}.")
+
+
+def _start_model(task, recipe: Recipe, data):
+    """The model that the run starts from. Of method "scratch": as small as every layer losing the same fraction makes
+    it, with new weights."""
+    model = task.start_model(recipe, data)
+    if recipe.training.get("method") != "scratch":
+        return model
+    even = {"scope": "layer", "importance": "random", "allocation": "scores", "dt_rank_method": "select"}
+    smaller = copy.deepcopy(model)
+    prune_(smaller, dataclasses.replace(recipe.pruning, **even))
+    set_seed(recipe.training_arguments().seed)
+    return type(model)(smaller.config)
+
+
 def _trainer(recipe: Recipe, args, model, data) -> RSSTTrainer:
     if args.dataloader_num_workers:
         raise ValueError("`training.dataloader_num_workers` must be 0: the data live in memory, on the device.")
     args.dataloader_pin_memory = False
     arguments = TASKS[recipe.task].prepare(recipe, args, model, data)
+    pruning = None if args.method == "scratch" else recipe.pruning  # its model is small from the beginning
     try:
-        return RSSTTrainer(model=model, args=args, pruning=recipe.pruning, **arguments)
+        return RSSTTrainer(model=model, args=args, pruning=pruning, **arguments)
     except (ImportError, RuntimeError) as error:  # training.report_to names a tracker that is not installed
         raise ValueError(f"training: {error}") from error
 
 
-def _finish(trainer: RSSTTrainer, recipe: Recipe, folder: Path) -> dict:
+def _finish(trainer: RSSTTrainer, recipe: Recipe, folder: Path, data) -> dict:
     """Save the model, measure the stages' models side by side, draw, and write the card."""
     task, model = TASKS[recipe.task], trainer.model
     state, stages, place = trainer.run_state, trainer.stages, trainer.run_folder
@@ -97,27 +126,36 @@ def _finish(trainer: RSSTTrainer, recipe: Recipe, folder: Path) -> dict:
     (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; the recipe says the same, readably
     rows = {"dense": (place.model(1, stages), state.metrics["train"]["end"])}
     cuts = [i for i, stage in enumerate(stages) if stage.cut]
+    channels = trainer.args.method != "unstructured"
     if cuts:
         last = cuts[-1]
         recovers = last + 1 < len(stages)  # else the last stage's model, rewound or not, is the result
         metrics = state.metrics[stages[last].name]["after_cut" if recovers else "end"]
-        rows["cut"] = (place.model(last + 1, stages), metrics)
+        rows["cut" if channels else "masked"] = (place.model(last + 1, stages), metrics)
         if recovers:
             rows["recovered"] = (place.model(len(stages), stages), state.metrics[stages[-1].name]["end"])
     models = {name: type(model).from_pretrained(path).to(model.device) for name, (path, _) in rows.items()}
+    if trainer.args.method == "scratch":  # for its size and speed alone, which are to be compared with
+        models[FULL_SIZE] = task.start_model(recipe, data).to(model.device)
     work = task.workload(model, recipe)
     dtype = torch.bfloat16 if trainer.args.bf16 else torch.float16 if trainer.args.fp16 else None
     timings = speed.compare_throughput(models, work.speed_inputs, items_each=work.items_each, autocast_dtype=dtype)
-    table = [
-        {
-            "name": name,
-            **{key: metrics[f"eval_{key}"] for key in task.metrics if f"eval_{key}" in metrics},
+    costs = {
+        name: {
             "parameters": evaluation.count_parameters(models[name]),
             "macs": evaluation.count_macs(models[name], work.macs_inputs) // work.macs_items,
             task.speed: timings[name].items_per_s,
             f"{task.speed}_low": timings[name].low,
             f"{task.speed}_high": timings[name].high,
             "peak_memory": speed.measure_peak_memory(models[name], work.speed_inputs, autocast_dtype=dtype),
+        }
+        for name in models
+    }
+    table = [
+        {
+            "name": name,
+            **{key: metrics[f"eval_{key}"] for key in task.metrics if f"eval_{key}" in metrics},
+            **costs[name],
         }
         for name, (_, metrics) in rows.items()
     ]
@@ -129,6 +167,7 @@ def _finish(trainer: RSSTTrainer, recipe: Recipe, folder: Path) -> dict:
         "seed": trainer.args.seed,
         **({"allocation": recipe.pruning.allocation} if recipe.pruning else {}),
         "rows": table,
+        **({FULL_SIZE: costs[FULL_SIZE]} if FULL_SIZE in costs else {}),
         **work.notes,
         "device": speed.device_name(model.device) + (f", {str(dtype).removeprefix('torch.')}" if dtype else ""),
         "versions": {"python": platform.python_version(), "torch": torch.__version__}
@@ -136,7 +175,9 @@ def _finish(trainer: RSSTTrainer, recipe: Recipe, folder: Path) -> dict:
         "seconds": state.seconds,
         "before_cut": {s.name: state.metrics[s.name]["before_cut"] for s in stages if s.cut},
     }
-    if cuts:
+    if cuts and not channels:
+        results["weight_sparsity"] = weight_sparsity(models[list(rows)[-1]], recipe.pruning.targets)
+    elif cuts:
         dense, kept = (
             {g.name: g for g in find_groups(models[n], recipe.pruning.targets)} for n in ("dense", list(rows)[-1])
         )
@@ -149,12 +190,12 @@ def _finish(trainer: RSSTTrainer, recipe: Recipe, folder: Path) -> dict:
         }
         results["channel_sparsity"] = {t: 1 - sum(w["kept"]) / sum(w["dense"]) for t, w in results["widths"].items()}
         results["param_reduction"] = 1 - table[-1]["parameters"] / table[0]["parameters"]
-        report.plot_widths(results["widths"], folder / "figures" / "widths.png")
+        figures.plot_widths(results["widths"], folder / "figures" / "widths.png")
     results["trained"] = any(key in entry for entry in state.history for key in ("loss", "eval_loss"))
     if results["trained"]:
-        report.plot_training(state.history, folder / "figures" / "training.png")
+        figures.plot_training(state.history, folder / "figures" / "training.png")
     lines = "".join(json.dumps(entry) + "\n" for entry in state.history)
-    report.write_atomic(folder / "training_log.jsonl", lines)
+    report.write_atomic(folder / LOG_FILE, lines)
     text = card.model_card(results, recipe.to_yaml(), base_model=recipe.model.path)
     report.write_atomic(folder / "README.md", text)
     report.write_atomic(folder / RESULTS_FILE, json.dumps(results, indent=1))  # last: it says that the run is finished

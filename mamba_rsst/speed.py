@@ -32,8 +32,8 @@ MEASURED_BATCH = {"cpu": {"pixel_values": 64, "input_ids": 4}, "cuda": {"pixel_v
 """Images or sequences at a time unless said otherwise, by device: enough to keep it busy."""
 
 PEAK_MEMORY = "peak memory, bytes"
-CACHES = {"cache_params", "past_key_values"}
-"""What a language model's forward may call its cache."""
+CACHES = ("cache", "cache_params", "past_key_values")
+"""What a language model's forward may call its cache, the current name of transformers first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,14 +318,20 @@ def _workloads(models, batch, seq_len) -> list[Workload]:
         return {"input_ids": ids} | {name: wanted[name] for name in wanted.keys() & arguments(model)}
 
     def decode(model):
-        (cache,) = CACHES & arguments(model)
+        cache = cache_name(model)
         with torch.inference_mode(), inference(model, prefill(model)) as forward:
             return {"input_ids": ids[:, -1:], cache: forward()[cache], "use_cache": True}
 
     works = [Workload("prefill, tokens/s", "prefill, ms", seq_len, prefill)]
-    if all(CACHES & arguments(model) and "use_cache" in arguments(model) for model in models.values()):
+    if all(cache_name(model) and "use_cache" in arguments(model) for model in models.values()):
         works.append(Workload("decode, tokens/s", "decode, ms a token", 1, decode))
     return works
+
+
+def cache_name(model) -> str | None:
+    """What a model's forward and its output call the cache; None for one without."""
+    arguments = inspect.signature(model.forward).parameters
+    return next((name for name in CACHES if name in arguments), None)
 
 
 def prefill_inputs(model, batch: int, seq_len: int) -> dict | Callable:

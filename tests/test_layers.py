@@ -25,10 +25,15 @@ FLOORS = {
     "calibration": set(),
     "latency": {"pruning", "evaluation", "speed"},
     "report": {"models", "pruning", "supernet", "training"},
+    "figures": {"report"},
     "card": {"report"},
+    "saved_run": {"report", "training"},
+    "html_page": {"figures"},
+    "html_report": {"report", "figures", "html_page", "card", "saved_run", "training", "_version"},
+    "sweep_report": {"report", "figures"},
     "tasks": {"models", "pruning", "supernet", "training", "hub", "convert", "evaluation", "speed"},
 }
-TOP = ("recipe", "run", "cli", "__init__", "__main__")
+TOP = ("recipe", "run", "sweep", "sweep_run", "cli", "__init__", "__main__")
 # What else the ground floor may need. Some of it is optional there: its import stands in a `try`.
 OPTIONAL = {"triton", "selective_scan_cuda"}
 OUTSIDE = {"models": {"torch", "transformers", *OPTIONAL}, "pruning": {"torch"}, "supernet": {"torch"}}

@@ -40,6 +40,13 @@ def test_a_shipped_recipe_loads_and_comes_back_from_its_resolved_form(path, tmp_
         assert "pruning" not in given
 
 
+def test_the_baseline_warms_up_for_20_of_its_300_epochs(tmp_path):
+    recipe = load_recipe(ROOT / "recipes" / "vision" / "cifar10-baseline.yaml", ["training.use_cpu=true"])
+    args, epoch = recipe.training_arguments(), 50_000 // 128
+    assert args.optim.startswith("adamw_torch") and (args.weight_decay, args.num_train_epochs) == (0.05, 300)
+    assert 20 * epoch <= args.get_warmup_steps(300 * epoch) <= 20 * epoch + 5
+
+
 # ---- the round trip ----
 @pytest.mark.parametrize(
     "sections",

@@ -9,12 +9,11 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from rich.console import Console
 
-from mamba_rsst import evaluation, report, speed
+from mamba_rsst import evaluation, figures, report, speed
 from mamba_rsst.card import model_card
+from mamba_rsst.figures import plot_training, plot_widths
 from mamba_rsst.report import (
     human,
-    plot_training,
-    plot_widths,
     print_results,
     results_markdown,
     results_table,
@@ -222,7 +221,7 @@ def test_plot_training_of_nothing(tmp_path):
         plot_training([{"epoch": 1, "learning_rate": 1e-3}], tmp_path / "training.png")
 
 
-@pytest.mark.parametrize("module", [evaluation, report, speed])
+@pytest.mark.parametrize("module", [evaluation, figures, report, speed])
 def test_drawing_and_printing_libraries_are_imported_late(module):
     tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
     imports = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]

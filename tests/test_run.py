@@ -11,7 +11,7 @@ from PIL import Image
 from tiny_runs import RECIPE, assert_same_state, digits, load_stage, write_recipe
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from mamba_rsst import card, report, speed
+from mamba_rsst import card, figures, report, speed
 from mamba_rsst.evaluation import count_macs_per_item
 from mamba_rsst.recipe import load_recipe
 from mamba_rsst.run import run_recipe
@@ -205,7 +205,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("name", ["plot_widths", "model_card", "write_atomic"])
 def test_a_run_killed_while_it_is_written_up_can_be_resumed(tmp_path, monkeypatch, name):
-    owner = card if name == "model_card" else report
+    owner = {"model_card": card, "plot_widths": figures}.get(name, report)
     whole = getattr(owner, name)
 
     def dies(path, *args, **kwargs):

@@ -163,8 +163,9 @@ def test_prefill_counts_tokens_and_decoding_keeps_its_state(hasty):
     seen = []
     model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs), with_kwargs=True)
     benchmark({"a": model}, batch_sizes=[3], seq_len=7, rounds=1)
-    prompts = [kwargs for kwargs in seen if "cache_params" not in kwargs]
-    steps = [kwargs for kwargs in seen if "cache_params" in kwargs]
+    name = speed.cache_name(model)
+    prompts = [kwargs for kwargs in seen if name not in kwargs]
+    steps = [kwargs for kwargs in seen if name in kwargs]
     assert {tuple(kwargs["input_ids"].shape) for kwargs in prompts} == {(3, 7), (1, 7)}
     assert {tuple(kwargs["input_ids"].shape) for kwargs in steps} == {(3, 1), (1, 1)}
     assert all(kwargs["use_cache"] for kwargs in seen)

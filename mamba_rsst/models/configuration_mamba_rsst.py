@@ -111,7 +111,7 @@ class MambaRsstConfig(MambaRsstBaseConfig):
     """
 
     model_type = "mamba_rsst"
-    keys_to_ignore_at_inference = ["cache_params"]
+    keys_to_ignore_at_inference = ["cache"]
 
     vocab_size: int = 50280
     mixer_rms_eps: float | None = None

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 
+from .cache_name import takes_old_name
 from .causal_conv1d import causal_conv1d_silu
 from .configuration_mamba_rsst import MambaRsstBaseConfig
 from .cpu_linear import CpuLinear, linear
@@ -70,19 +71,20 @@ class MambaMixer(nn.Module):
             return [forward, (self.conv1d, self.x_proj, self.dt_proj, self.A_b_log, self.D)]
         return [forward, (self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b)]
 
+    @takes_old_name
     def forward(
-        self, hidden_states: Tensor, cache_params: Cache | None = None, attention_mask: Tensor | None = None
+        self, hidden_states: Tensor, cache: Cache | None = None, attention_mask: Tensor | None = None
     ) -> Tensor:
         """hidden_states (B, L, D) -> (B, L, D), same dtype.
 
-        cache_params: the state after the tokens before these, which is brought up to date; it carries values, never
+        cache: the state after the tokens before these, which is brought up to date; it carries values, never
             gradients. One direction only.
         attention_mask: (B, at least L), its last L columns 0 for padding and else 1. Padding reaches neither the
             convolution nor the state, so a sequence padded on the left gives what it gives alone.
         """
-        conv_state, state = self._states(cache_params)
+        conv_state, state = self._states(cache)
         one = conv_state is not None and hidden_states.shape[1] == 1 and attention_mask is None
-        if one and not torch.is_grad_enabled() and not cache_params.layers[self.layer_idx].record_past:
+        if one and not torch.is_grad_enabled() and not cache.layers[self.layer_idx].record_past:
             return self._step(hidden_states, conv_state, state)
         x, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
         if attention_mask is not None:
@@ -99,15 +101,15 @@ class MambaMixer(nn.Module):
         biases = [_wide(dt_proj.bias) for _, _, dt_proj, _, _ in self.directions()]
         if self.bidirectional == "none":
             arguments = (u[0], *inputs[0], *decays, *skips, *biases, False)
-            if cache_params is None:
+            if cache is None:
                 y = self._scan(*arguments)
             else:
                 if state is not None and torch.is_grad_enabled():
                     state = state.clone()  # kept for the backward, while the cache's own is written over
                 y, last = self._scan(*arguments, initial_state=state, return_last_state=True)
                 inner = x.detach().transpose(1, 2)
-                cache_params.update_conv_state(inner, self.layer_idx, conv_kernel_size=self.d_conv)
-                cache_params.update_recurrent_state(last.detach(), self.layer_idx)
+                cache.update_conv_state(inner, self.layer_idx, conv_kernel_size=self.d_conv)
+                cache.update_recurrent_state(last.detach(), self.layer_idx)
         else:
             delta, B, C = (torch.stack(parts).expand(2, -1, -1, -1) for parts in zip(*inputs))
             A, D, bias = (torch.stack(pair) for pair in (decays, skips, biases))

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.utils import ModelOutput, logging
+from transformers.utils import logging
 
+from .cache_name import CacheOutput, takes_old_name
 from .configuration_mamba_rsst import MambaRsstConfig
 from .cpu_linear import CpuLinear
 from .mamba_block import MambaBlock, MambaPreTrainedModel, make_norm
@@ -17,22 +18,22 @@ logger = logging.get_logger(__name__)
 
 
 @dataclass
-class MambaRsstOutput(ModelOutput):
-    """last_hidden_state (B, L, D); cache_params: the state after the last token; hidden_states: before each block,
+class MambaRsstOutput(CacheOutput):
+    """last_hidden_state (B, L, D); cache: the state after the last token; hidden_states: before each block,
     and the last one."""
 
     last_hidden_state: Tensor | None = None
-    cache_params: Cache | None = None
+    cache: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
 
 
 @dataclass
-class MambaRsstCausalLMOutput(ModelOutput):
+class MambaRsstCausalLMOutput(CacheOutput):
     """loss (); logits (B, L, V) in fp32; the rest as in MambaRsstOutput."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
-    cache_params: Cache | None = None
+    cache: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
 
 
@@ -58,12 +59,13 @@ class MambaRsstModel(MambaRsstPreTrainedModel):
     def set_input_embeddings(self, embeddings):
         self.embeddings = embeddings
 
+    @takes_old_name
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        cache_params: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
@@ -71,7 +73,7 @@ class MambaRsstModel(MambaRsstPreTrainedModel):
     ) -> MambaRsstOutput | tuple:
         """input_ids (B, L), or inputs_embeds (B, L, D) -> last_hidden_state (B, L, D).
 
-        cache_params: what came before these tokens, in any number of calls of any lengths; it is brought up to date.
+        cache: what came before these tokens, in any number of calls of any lengths; it is brought up to date.
         use_cache: start a cache where none is given; default the config's, and False in training.
         attention_mask: (B, L or more), 0 for padding, which belongs on the left.
         """
@@ -80,23 +82,23 @@ class MambaRsstModel(MambaRsstPreTrainedModel):
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if self.gradient_checkpointing and self.training and (use_cache or cache_params is not None):
+        if self.gradient_checkpointing and self.training and (use_cache or cache is not None):
             logger.warning_once("Gradient checkpointing runs each block twice, so there is no cache in training.")
-            use_cache, cache_params = False, None
-        if use_cache and cache_params is None:
-            cache_params = DynamicCache(config=self.config)
+            use_cache, cache = False, None
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
 
         hidden_states = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         kept = []
         for layer in self.layers:
             if wanted:
                 kept.append(hidden_states)
-            hidden_states = layer(hidden_states, cache_params=cache_params, attention_mask=attention_mask)
+            hidden_states = layer(hidden_states, cache=cache, attention_mask=attention_mask)
         hidden_states = self.norm_f(hidden_states.to(self.norm_f.weight.dtype))
         kept = (*kept, hidden_states) if wanted else None
         if not (self.config.return_dict if return_dict is None else return_dict):
-            return tuple(x for x in (hidden_states, cache_params, kept) if x is not None)
-        return MambaRsstOutput(last_hidden_state=hidden_states, cache_params=cache_params, hidden_states=kept)
+            return tuple(x for x in (hidden_states, cache, kept) if x is not None)
+        return MambaRsstOutput(last_hidden_state=hidden_states, cache=cache, hidden_states=kept)
 
 
 class MambaForCausalLM(MambaRsstPreTrainedModel, GenerationMixin):
@@ -130,12 +132,13 @@ class MambaForCausalLM(MambaRsstPreTrainedModel, GenerationMixin):
             inputs["attention_mask"] = None  # the padding is all in the past, and what is in the state has no place
         return inputs
 
+    @takes_old_name
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        cache_params: Cache | None = None,
+        cache: Cache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -154,7 +157,7 @@ class MambaForCausalLM(MambaRsstPreTrainedModel, GenerationMixin):
             input_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
-            cache_params=cache_params,
+            cache=cache,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             return_dict=True,
@@ -165,10 +168,10 @@ class MambaForCausalLM(MambaRsstPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         if not return_dict:
-            values = (loss, logits, outputs.cache_params, outputs.hidden_states)
+            values = (loss, logits, outputs.cache, outputs.hidden_states)
             return tuple(x for x in values if x is not None)
         return MambaRsstCausalLMOutput(
-            loss=loss, logits=logits, cache_params=outputs.cache_params, hidden_states=outputs.hidden_states
+            loss=loss, logits=logits, cache=outputs.cache, hidden_states=outputs.hidden_states
         )
 
 

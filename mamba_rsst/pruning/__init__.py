@@ -11,6 +11,7 @@ from .penalty import PENALTIES, leaving_share
 from .prune import PruningTable, prune_, select_channels
 from .schedules import SCHEDULES
 from .shrink import shrink_
+from .weight_masks import apply_weight_masks_, choose_weights, extract_weight_masks, weight_sparsity
 
 
 __all__ = [
@@ -28,6 +29,9 @@ __all__ = [
     "Slice",
     "align_",
     "apply_masks_",
+    "apply_weight_masks_",
+    "choose_weights",
+    "extract_weight_masks",
     "find_groups",
     "leaving_share",
     "pad_",
@@ -36,4 +40,5 @@ __all__ = [
     "score_channels",
     "select_channels",
     "shrink_",
+    "weight_sparsity",
 ]

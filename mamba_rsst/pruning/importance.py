@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .groups import CONSUMER, PRODUCER, Group, channel_norms
+from .groups import CONSUMER, PRODUCER, Group, View, channel_norms
 
 
 Scores = dict[str, Tensor]
@@ -24,6 +24,8 @@ class Calibration:
     seed: int = 0
     removals: dict[str, int] = field(default_factory=dict)
     """Group name -> how many of its channels can leave at most: all that a greedy score needs to order."""
+    densities: dict[str, float] = field(default_factory=dict)
+    """Group name -> fraction of its channels that the budget keeps: the density of `remain`'s unstructured mask."""
 
     def __iter__(self):
         device = next(self.model.parameters()).device
@@ -85,6 +87,37 @@ def magnitude_l2(groups, calibration) -> Scores:
     return {g.name: channel_norms(g) for g in groups}
 
 
+@register_importance("remain")
+def remain(groups, calibration) -> Scores:
+    """How many of the channel's weights survive an unstructured mask, the criterion of Refill (Chen et al. 2022,
+    arXiv:2202.04736): one threshold on |w| over all groups' weights, whose density is what the budget keeps."""
+    alive = _survivors(groups, calibration)
+    return {g.name: sum(v.per_channel(mask) for v, mask in alive[g.name]) for g in groups}
+
+
+@register_importance("remain_l1")
+def remain_l1(groups, calibration) -> Scores:
+    """Sum of |w| over the channel's weights that survive the mask of `remain`; "magnitude" in Refill's scripts."""
+    alive = _survivors(groups, calibration)
+    return {g.name: sum(v.per_channel(v.tensor.detach().abs() * mask) for v, mask in alive[g.name]) for g in groups}
+
+
+def _survivors(groups, calibration) -> dict[str, list[tuple[View, Tensor]]]:
+    """Group name -> (view, bool of its shape) of each scored view, under one global magnitude threshold a target."""
+    alive = {}
+    for target in {g.target: None for g in groups}:
+        part = [g for g in groups if g.target == target]
+        views = [(g, v) for g in part for v in g.scored_views()]
+        values = torch.cat([v.tensor.detach().abs().float().flatten() for _, v in views])
+        size = sum(g.size for g in part)
+        kept = sum(calibration.densities.get(g.name, 1.0) * g.size for g in part) / size
+        kept = min(len(values), max(1, round(kept * len(values))))
+        threshold = values.kthvalue(len(values) - kept + 1).values  # exact; torch.quantile refuses so many
+        for group, view in views:
+            alive.setdefault(group.name, []).append((view, view.tensor.detach().abs().float() >= threshold))
+    return alive
+
+
 @register_importance("random")
 def random(groups, calibration) -> Scores:
     """Uniform random numbers from the config's seed: the baseline every score has to beat."""
@@ -141,6 +174,47 @@ def activation(groups, calibration) -> Scores:
     _run_watched(calibration, hooks)
     if unseen := [group.name for group in groups if group.name not in seen]:
         raise ValueError(f"Importance 'activation': the model never called what hands on {unseen[0]!r}.")
+    return scores
+
+
+@register_importance("saliency", needs_data=True)
+def saliency(groups, calibration) -> Scores:
+    """Sum over samples of |sum over positions of a dL/da|, a being what the channel hands on (see `activation`): the
+    first-order change of the loss when its activation goes (Molchanov et al. 2017, arXiv:1611.06440, eq. 8). Needs
+    labels in the batches; raises ValueError where there is no loss or no gradient."""
+    scores = {g.name: torch.zeros(g.size) for g in groups}
+    seen: list[tuple[Group, Tensor, int]] = []
+
+    def watch(group, module, side, start):
+        def hook(module, args, output):
+            value = args[0] if side == "input" else output
+            if not value.requires_grad:
+                raise ValueError(f"Importance 'saliency' needs gradients, but none reach {group.name!r}.")
+            seen.append((group, value, start))
+
+        return module, hook
+
+    watched = [watch(group, *tap) for group in groups for tap in group.taps()]
+    if untapped := [g.name for g in groups if not any(True for _ in g.taps())]:
+        raise ValueError(f"Importance 'saliency': {untapped[0]!r} has no activation of its own to look at.")
+    with evaluation_mode(calibration.model), _hooked(watched):
+        for batch in calibration:
+            seen.clear()
+            loss = _loss_of(calibration.model(**batch), "saliency")
+            values = {id(value): value for _, value, _ in seen}
+            grads = torch.autograd.grad(loss, list(values.values()), allow_unused=True)
+            grads = dict(zip(values, grads))
+            found = {}
+            for group, value, start in seen:
+                if (grad := grads[id(value)]) is None:
+                    raise ValueError(f"Importance 'saliency': no gradient reached {group.name!r}.")
+                product = (value.detach().float() * grad.float())[..., start : start + group.size]
+                # All places where one channel shows (rows of B and of C, both directions) go with it: summed first.
+                found[group.name] = found.get(group.name, 0.0) + product.flatten(1, -2).sum(1)
+            if missing := [g.name for g in groups if g.name not in found]:
+                raise ValueError(f"Importance 'saliency': the model never called what hands on {missing[0]!r}.")
+            for name, product in found.items():
+                scores[name] += product.abs().sum(0).cpu()
     return scores
 
 
@@ -277,17 +351,23 @@ def _squares(values: Tensor) -> Tensor:
     return values.float().square().flatten(0, -2).sum(0)
 
 
-def _run_watched(calibration, hooks) -> None:
-    """Run the model on the calibration batches with (module, hook) pairs in place."""
+@contextmanager
+def _hooked(hooks):
+    """(module, forward hook) pairs in place."""
     handles = []
     try:
         handles += [module.register_forward_hook(hook) for module, hook in hooks]
-        with evaluation_mode(calibration.model), torch.no_grad():
-            for batch in calibration:
-                calibration.model(**batch)
+        yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _run_watched(calibration, hooks) -> None:
+    """Run the model on the calibration batches with (module, hook) pairs in place."""
+    with _hooked(hooks), evaluation_mode(calibration.model), torch.no_grad():
+        for batch in calibration:
+            calibration.model(**batch)
 
 
 def _loss_of(outputs, importance: str) -> Tensor:

@@ -8,7 +8,7 @@ from .align import align_, singular_values
 from .budget import Cost, Widths, allocate, mac_cost, most_removed, parameter_cost
 from .config import PruningConfig
 from .groups import Group, find_groups
-from .importance import Calibration, score_channels
+from .importance import Calibration, Scores, score_channels
 from .masks import Masks, kept_widths
 from .shrink import config_widths, shrink_
 
@@ -19,17 +19,30 @@ def select_channels(
     calibration: Iterable | None = None,
     dense: Widths | None = None,
     cost: Cost | None = None,
+    scores: Scores | None = None,
 ) -> Masks:
     """Score the channels of `config.targets` and choose those to keep; the model stays as it is.
 
     calibration: batches (dicts of the model's arguments) for scores that look at data.
     dense: widths that the fractions refer to, group name -> width; default the current ones.
     cost: for budget="latency", masks -> milliseconds; see `mamba_rsst.speed.latency_cost`.
+    scores: what `score_groups` gave, to choose by without scoring again.
     With dt_rank_method="svd" the masks of dt_rank are for the model after `align_(model, config)`.
     """
+    scores = score_groups(model, config, calibration, dense) if scores is None else scores
+    masks = allocate(model, find_groups(model, config.targets), scores, config, dense, cost)
+    config_widths(model, find_groups(model), masks)  # a choice that could not be cut is an error here already
+    return masks
+
+
+def score_groups(
+    model: nn.Module, config: PruningConfig, calibration: Iterable | None = None, dense: Widths | None = None
+) -> Scores:
+    """The scores of all channels of `config.targets`, each target by its importance: group name -> (size,) fp32."""
     groups = find_groups(model, config.targets)
     now = {g.name: g.size for g in groups}
     removals = {g.name: most_removed(g, config, dense or now) for g in groups}
+    densities = {g.name: (1.0 - config.sparsity_of(g.target)) * (dense or now)[g.name] / g.size for g in groups}
     turned = [g for g in groups if g.target == "dt_rank" and config.dt_rank_method == "svd"]
     by_score: dict[str, list[Group]] = {}
     for group in groups:
@@ -39,10 +52,8 @@ def select_channels(
         calibration = list(calibration)  # each score reads it from the beginning
     scores = {group.name: singular_values(group) for group in turned}
     for name, part in by_score.items():
-        scores |= score_channels(part, name, Calibration(model, calibration, config.seed, removals))
-    masks = allocate(model, groups, scores, config, dense, cost)
-    config_widths(model, find_groups(model), masks)  # a choice that could not be cut is an error here already
-    return masks
+        scores |= score_channels(part, name, Calibration(model, calibration, config.seed, removals, densities))
+    return scores
 
 
 def prune_(

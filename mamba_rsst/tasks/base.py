@@ -35,6 +35,8 @@ class Task(ABC):
     """The dataclass of the recipe's section `data`."""
     augments = False
     """Whether a recipe may have a section `augmentation`."""
+    seeds_data = False
+    """Whether what `load_data` gives depends on training.seed."""
     metrics: tuple[str, ...]
     """What a row of the results says about quality: keys of compute_metrics, those that the evaluation gave."""
     speed: str

@@ -25,6 +25,7 @@ class CausalLM(Task):
     config_class = MambaRsstConfig
     presets = LM_PRESETS
     data_config = TextDataConfig
+    seeds_data = True
     metrics = ("perplexity", "accuracy")
     speed = "tokens_per_s"
 

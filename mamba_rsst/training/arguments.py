@@ -10,8 +10,11 @@ from ..pruning.penalty import PENALTIES, PENALTY_SCOPES
 from ..pruning.schedules import SCHEDULES
 
 
-METHODS = ("rsst", "refill", "dense")
+METHODS = ("rsst", "refill", "prune", "unstructured", "dense", "scratch")
+UNPRUNED = ("dense", "scratch")
+"""Methods whose run is its first stage alone."""
 REWINDS = ("none", "initial", "step")
+RAMPS = ("geometric", "linear", "cubic")
 
 
 @dataclass
@@ -20,16 +23,47 @@ class RSSTConfig(TrainingArguments):
 
     A run is a list of stages, each with an optimizer and a learning-rate schedule of its own:
 
-        method="rsst"    train, then per round: rsst (channels chosen, decayed away, cut at the end), recover
-        method="refill"  train, then per round: prune (channels chosen and cut, survivors rewound), recover
-        method="dense"   train
+        method="rsst"          train, then per round: rsst (channels chosen, decayed away, cut at the end), recover
+        method="refill"        train, then per round: prune (channels chosen and cut, survivors rewound), recover
+        method="prune"         the same without rewinding: one-shot pruning, or gradual with several rounds
+        method="unstructured"  train, then per round: mask (the smallest weights zeroed), recover under the mask
+        method="dense"         train
+        method="scratch"       train; a recipe then builds its model anew at the size that `pruning` would leave
 
-    `num_train_epochs` is the length of the first stage; 0 starts from the weights as they are given.
+    `spread_epochs` puts a stage before each choice in which all channels are decayed a little. `num_train_epochs` is
+    the length of the first stage; 0 starts from the weights as they are given.
+
+    With `ema_decay` each stage averages its weights anew (see `averaging.WeightAverage`); its evaluations see the
+    average, and so does all that follows it: selection, cut, teacher, the next stage. A stage that decays channels
+    keeps its plain weights, since an average would bring the leaving channels back. So does the point that rewinding
+    goes back to, since training goes on from there.
     """
 
-    method: str = field(default="rsst", metadata={"help": "rsst, refill or dense."})
-    num_rounds: int = field(
-        default=1, metadata={"help": "Rounds; after round i of S the density is (1-sparsity)^(i/S)."}
+    method: str = field(default="rsst", metadata={"help": f"One of {list(METHODS)}."})
+    num_rounds: int = field(default=1, metadata={"help": "Rounds of choosing, removing and recovering."})
+    ramp: str = field(
+        default="geometric",
+        metadata={
+            "help": "Sparsity after round i of S: geometric 1-(1-s)^(i/S), linear s i/S, cubic s (1-(1-i/S)^3) "
+            "(arXiv:1710.01878)."
+        },
+    )
+    round_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Fraction of what is left that each round removes, in place of the final sparsity: "
+            "1-(1-rate)^num_rounds."
+        },
+    )
+    spread_epochs: float = field(
+        default=0.0,
+        metadata={
+            "help": "Before each choice: epochs in which all channels are decayed, so that those the loss does not "
+            "hold up fall behind and the scores spread (GReg-2, arXiv:2012.09243)."
+        },
+    )
+    spread_residual: float = field(
+        default=0.5, metadata={"help": "That decay alone would shrink every weight to this fraction."}
     )
     rsst_epochs: float | None = field(
         default=None, metadata={"help": "Epochs of each RSST stage; default num_train_epochs."}
@@ -57,7 +91,10 @@ class RSSTConfig(TrainingArguments):
         metadata={"help": "growing_l2 without lambda_max: shrink the leaving weights to this fraction in one stage."},
     )
 
-    rewind: str = field(default="initial", metadata={"help": "refill: survivors go back to initial, step, or none."})
+    rewind: str | None = field(
+        default=None,
+        metadata={"help": "Where survivors go back to: initial, step, none. Default: refill initial, others none."},
+    )
     rewind_step: int = field(default=0, metadata={"help": "rewind=step: the optimizer step of the first stage."})
 
     distillation_weight: float = field(
@@ -68,6 +105,13 @@ class RSSTConfig(TrainingArguments):
         },
     )
     distillation_temperature: float = field(default=2.0, metadata={"help": "Temperature T of the soft targets."})
+    ema_decay: float = field(
+        default=0.0,
+        metadata={
+            "help": "Decay of an exponential moving average of the weights, 0.999 or so; 0 = none. Evaluations and "
+            "the end of a stage take the average, except in a stage that decays channels."
+        },
+    )
     compile_blocks: bool = field(
         default=False,
         metadata={"help": "torch.compile each block by itself: fused kernels, seconds to compile, once per width."},
@@ -103,7 +147,8 @@ class RSSTConfig(TrainingArguments):
             ("penalty", PENALTIES),
             ("penalty_scope", PENALTY_SCOPES),
             ("schedule", tuple(SCHEDULES)),
-            ("rewind", REWINDS),
+            ("ramp", RAMPS),
+            ("rewind", (None, *REWINDS)),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {list(choices)}, got {getattr(self, name)!r}.")
@@ -119,14 +164,27 @@ class RSSTConfig(TrainingArguments):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         rates = ("learning_rate", "rsst_learning_rate", "recovery_learning_rate")
-        for name in ("rsst_epochs", "recovery_epochs", "lambda_max", *rates):
+        for name in ("rsst_epochs", "recovery_epochs", "spread_epochs", "lambda_max", *rates):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise ValueError(f"`{name}` must be >= 0 and finite, got {value}.")
         if self.method == "rsst" and self.rsst_epochs == 0:
             raise ValueError("`rsst_epochs` must be > 0: the leaving channels are decayed away during that stage.")
-        if not 0.0 < self.residual < 1.0:
-            raise ValueError(f"`residual` must be in (0, 1), got {self.residual}.")
+        for name in ("residual", "spread_residual"):
+            if not 0.0 < getattr(self, name) < 1.0:
+                raise ValueError(f"`{name}` must be in (0, 1), got {getattr(self, name)}.")
+        if self.round_rate is not None:
+            if not 0.0 < self.round_rate < 1.0:
+                raise ValueError(f"`round_rate` must be in (0, 1), got {self.round_rate}.")
+            if self.ramp != "geometric":
+                raise ValueError(f"`round_rate` removes the same fraction in each round: ramp={self.ramp!r} does not.")
+        if self.spread_epochs > 0 and self.method == "unstructured":
+            raise ValueError("`spread_epochs` spreads the scores of channels; method='unstructured' removes weights.")
+        if not 0.0 <= self.ema_decay < 1.0:
+            raise ValueError(f"`ema_decay` must be in [0, 1), got {self.ema_decay}.")
+        optimizer = str(getattr(self.optim, "value", self.optim))
+        if self.ema_decay > 0 and optimizer.startswith("schedule_free"):
+            raise ValueError(f"`ema_decay` does not go with optim={optimizer!r}, which averages the weights itself.")
         if not 0.0 <= self.distillation_weight <= 1.0:
             raise ValueError(f"`distillation_weight` must be in [0, 1], got {self.distillation_weight}.")
         if self.distillation_temperature <= 0:
@@ -151,8 +209,9 @@ class RSSTConfig(TrainingArguments):
             raise ValueError("`max_steps` does not say which stage it bounds; set the epochs of the stages instead.")
         if self.cuda_graphs:
             apart = ("fp16", "gradient_checkpointing", "logging_nan_inf_filter", "torch_empty_cache_steps")
+            apart += ("activation_checkpointing",)  # what transformers 5.23 calls gradient_checkpointing
             for name in (*apart, "torch_compile", "auto_find_batch_size"):
-                if getattr(self, name):
+                if getattr(self, name, False):
                     raise ValueError(f"`cuda_graphs` does not go with `{name}`: a recorded step runs without the CPU.")
         scheduler = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)
         if self._solves_lambda_max() and scheduler in ("reduce_lr_on_plateau", "greedy"):
@@ -161,22 +220,45 @@ class RSSTConfig(TrainingArguments):
             )
 
     def _solves_lambda_max(self) -> bool:
+        """Whether a strength has to be found from the learning rates of a stage."""
+        return self.spread_epochs > 0 or self._solves_residual()
+
+    def _solves_residual(self) -> bool:
         return self.method == "rsst" and self.penalty == "growing_l2" and self.lambda_max is None
 
+    @property
+    def rewinds_to(self) -> str:
+        """`rewind` with its default filled in."""
+        return self.rewind or ("initial" if self.method == "refill" else "none")
+
+    def sparsity_after(self, sparsity: float, round: int) -> float:
+        """What of a final `sparsity` is reached after a round, 1..num_rounds; the last one reaches all of it."""
+        done = round / self.num_rounds
+        if self.ramp == "geometric":
+            return 1.0 - (1.0 - sparsity) ** done  # densities multiply
+        return sparsity * (done if self.ramp == "linear" else 1.0 - (1.0 - done) ** 3)
+
     def _warn_of_ignored(self) -> None:
-        ignored = [] if self._solves_lambda_max() else ["residual"]
+        ignored = [] if self._solves_residual() else ["residual"]
         if self.method != "rsst":
             ignored += ["rsst_epochs", "rsst_learning_rate", "penalty", "schedule", "lambda_max", "penalty_scope"]
         if self.method != "rsst" or self.schedule not in ("power", "exp_power"):
             ignored += ["schedule_power"]
         if self.distillation_weight == 0:
             ignored += ["distillation_temperature"]
-        if self.method != "refill":
-            ignored += ["rewind"]
-        if self.method != "refill" or self.rewind != "step":
+        if self.method == "rsst" and not self.num_train_epochs and not self.recovery_epochs:
+            ignored += ["ema_decay"]  # no stage but those that decay channels
+        if self.rewind != "step":
             ignored += ["rewind_step"]
-        if self.method == "dense":
-            ignored += ["num_rounds", "recovery_epochs", "recovery_learning_rate", "distillation_weight"]
+        if self.spread_epochs == 0:
+            ignored += ["spread_residual"]
+        if self.num_rounds == 1:
+            ignored += ["ramp"]
+        if self.method in UNPRUNED:
+            ignored += ["num_rounds", "round_rate", "spread_epochs", "spread_residual", "ramp"]
+            ignored += ["recovery_epochs", "recovery_learning_rate", "distillation_weight"]
+            if self.method == "scratch" or self.rewind != "step":  # dense: for runs that take its stage over
+                ignored += ["rewind"]
         defaults = {f.name: f.default for f in fields(self)}
         if names := [name for name in ignored if getattr(self, name) != defaults[name]]:
             warnings.warn(f"With method={self.method!r} and the other settings, {names} is ignored.", stacklevel=4)

@@ -5,15 +5,28 @@ import numbers
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .image_ops import OPS, PIXEL_OPS, affine, affine_matrices, inside, send
+from .image_ops import (
+    OPS,
+    PIXEL_OPS,
+    affine,
+    affine_matrices,
+    inside,
+    pixel_operations,
+    pixel_parameters,
+    send_all,
+    steps,
+)
 
 
-# B batch, C channels (1 or 3), H height, W width, K classes, N images that share an operation.
-# Every decision is taken on the CPU in float64 and reaches the device as finished indices and parameters, so that the
-# CPU never asks the device for a result. Pixels stay uint8 until the mixing.
+# B batch, C channels (1 or 3), H height, W width, K classes. N images are augmented: B, or 2 B with their partners.
+# Every decision is taken on the CPU in float64 and reaches the device as finished indices and parameters, all in one
+# transfer, so that the CPU never asks the device for a result. NumPy decides, since its calls on small arrays cost a
+# fraction of torch's; functions that are not exact (exp, the normal quantile, powers) stay torch's. Pixels stay uint8
+# until the mixing.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,19 +71,19 @@ class AugmentationConfig:
 # ------------------------------------------------------------------------------------------------------ random numbers
 
 
-def _signed(value):
-    """The int64 with the low 64 bits of `value`."""
-    return (value + 2**63) % 2**64 - 2**63
-
-
-_GOLDEN = _signed(0x9E3779B97F4A7C15)
+_BITS = 2**64 - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_FACTORS = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 def _scramble(z):
-    """The output function of splitmix64; `>>` on int64 copies the sign, hence the masks."""
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        z = (z ^ ((z >> shift) & (2 ** (64 - shift) - 1))) * _signed(factor)
-    return z ^ ((z >> 31) & (2**33 - 1))
+    """The output function of splitmix64, of an int or, in place, of an array of uint64."""
+    for shift, factor in zip((30, 27), _FACTORS):
+        z ^= z >> shift
+        z *= factor
+        z &= _BITS
+    z ^= z >> 31
+    return z
 
 
 def uniforms(seed, epoch, index, count):
@@ -78,10 +91,11 @@ def uniforms(seed, epoch, index, count):
 
     index: (B,) int64. Returns (B, count) float32 on its device, the same bits on every device.
     """
-    key = _scramble(_scramble(torch.tensor(_signed(seed))) + _signed(epoch * _GOLDEN))
-    stream = _scramble(key + index * _GOLDEN)[:, None]
-    slots = torch.arange(1, count + 1, device=index.device)
-    return ((_scramble(stream + slots * _GOLDEN) >> 40) & (2**24 - 1)).float() * 2**-24
+    key = _scramble((_scramble(seed & _BITS) + epoch * _GOLDEN) & _BITS)
+    stream = index.numpy(force=True).astype(np.uint64) * np.uint64(_GOLDEN) + np.uint64(key)
+    slots = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
+    bits = _scramble(_scramble(stream)[:, None] + slots) >> np.uint64(40)
+    return torch.from_numpy(bits.astype(np.float32) * np.float32(2**-24)).to(index.device)
 
 
 @lru_cache
@@ -121,8 +135,12 @@ class BatchAugmentation:
         self.config = config
         self.mixes = config.mix_probability > 0 and max(config.mixup, config.cutmix) > 0
         """Whether partner images are used at all."""
-        self._image_draws = 9 + 4 * config.randaugment_ops
-        self.draws = 2 * self._image_draws + 5
+        # Which number decides what must not change with the settings: slots keep their places, only the last are left
+        # out where nothing asks for them.
+        self._erase_from = 3 + 4 * config.randaugment_ops
+        self._image_draws = self._erase_from + 6
+        alone = self._image_draws if config.erasing > 0 else self._erase_from
+        self.draws = 2 * self._image_draws + 5 if self.mixes else alone
         """How many random numbers a sample needs."""
 
     def __call__(self, images, labels, partner_images, partner_labels, random_numbers, num_classes):
@@ -131,94 +149,132 @@ class BatchAugmentation:
         random_numbers: (B, draws) in [0, 1), best on the CPU. The partners may be None where `mixes` is False.
         Returns float32 pixels (B, C, H, W) in [0, 1], not normalised, and float32 soft targets (B, K).
         """
-        B, n = len(images), self._image_draws
-        draws = random_numbers.cpu().double()
-        targets = _one_hot(labels, num_classes)
+        B, config = len(images), self.config
+        decided, ends = self.decide(random_numbers, *images.shape[2:])
+        decided = send_all(decided, images.device)
         if self.mixes:
-            both = self._augment(torch.cat([images, partner_images]), torch.cat([draws[:, :n], draws[:, n : 2 * n]]))
-            pixels, share = self._mix(both[:B].float(), both[B:].float(), draws[:, 2 * n :])
-            targets = share * targets + (1 - share) * _one_hot(partner_labels, num_classes)
-        else:
-            pixels = self._augment(images, draws[:, :n]).float()
-        smoothing = self.config.label_smoothing
-        return pixels / 255, targets * (1 - smoothing) + smoothing / num_classes
+            images = torch.cat([images, partner_images])
+        if "crop" in decided:
+            images = self._crop_and_flip(images, *decided["crop"])
+        for r, here in enumerate(ends):
+            images = self._randaugment(images, here, *(decided[f"{name}{r}"] for name in _RANDAUGMENT))
+        if "erase" in decided:
+            images = self._erase(images, *decided["erase"])
+        pixels, targets = images.float(), _one_hot(labels, num_classes)
+        if self.mixes:
+            keep, share = decided["keep"]
+            keep = keep[:, None, None, None] * ~inside(decided["box"], *images.shape[2:])
+            pixels = pixels[B:] + keep * (pixels[:B] - pixels[B:])
+            targets = share[:, None] * targets + (1 - share[:, None]) * _one_hot(partner_labels, num_classes)
+        return pixels / 255, targets * (1 - config.label_smoothing) + config.label_smoothing / num_classes
 
-    def _augment(self, images, draws):
-        draw = iter(draws.unbind(1))
-        images = self._crop_and_flip(images, draw)
-        for _ in range(self.config.randaugment_ops):
-            images = self._randaugment(images, draw)
-        return self._erase(images, draw)
+    # ---- on the CPU: what happens to which image -------------------------------------------------------------------
 
-    def _crop_and_flip(self, images, draw):
-        C, H, W = images.shape[1:]
+    def decide(self, random_numbers, H, W):
+        """All decisions about a batch, as arrays by name, and by round where each operation's images end."""
+        draws, n = random_numbers.numpy(force=True).astype(np.float64), self._image_draws
+        of_images = np.concatenate([draws[:, :n], draws[:, n : 2 * n]]) if self.mixes else draws[:, :n]
+        of_images = np.ascontiguousarray(of_images.T)
+        decided, ends = {}, []
+        if self.config.crop_padding > 0 or self.config.flip > 0:
+            decided["crop"] = self._decide_crop(of_images, W)
+        if self.config.randaugment_ops > 0:
+            parts, ends = self._decide_randaugment(of_images[3 : self._erase_from], H, W)
+            decided |= parts
+        if self.config.erasing > 0:
+            decided["erase"] = self._decide_erasing(of_images[self._erase_from :], H, W)
+        if self.mixes:
+            decided |= self._decide_mix(np.ascontiguousarray(draws[:, 2 * n :].T), H, W)
+        return decided, ends
+
+    def _decide_crop(self, draws, W):
+        """(3, N): where the window begins in the padded image, in which column and direction its rows are read."""
         pad = self.config.crop_padding
-        top, left = ((next(draw) * (2 * pad + 1)).long()[:, None] for _ in range(2))
-        flip = (next(draw) < self.config.flip)[:, None]
-        rows = send(torch.arange(H) + top, images)
-        columns = send(torch.where(flip, torch.arange(W).flip(0), torch.arange(W)) + left, images)
-        index = (rows[:, :, None] * (W + 2 * pad) + columns[:, None]).flatten(1)[:, None].expand(-1, C, -1)
-        return F.pad(images, (pad, pad, pad, pad)).flatten(2).gather(2, index).view_as(images)
+        top, left = (draws[:2] * (2 * pad + 1)).astype(np.int64)
+        flip = draws[2] < self.config.flip
+        return np.stack([top * (W + 2 * pad), left + flip * (W - 1), 1 - 2 * flip])
 
-    def _randaugment(self, images, draw):
-        applied, choice, sign, deviate = (next(draw) for _ in range(4))
-        deviation = self.config.randaugment_std * torch.special.ndtri(deviate.clamp(min=2**-25))
-        strength = (self.config.randaugment_magnitude + deviation).clamp(0, 10) / 10 * torch.where(sign < 0.5, -1, 1)
-        op = torch.where(applied < self.config.randaugment_probability, (choice * len(OPS)).long(), len(OPS))
-        op, rows = op.sort(stable=True)  # images with the same operation lie side by side
-        ends = torch.searchsorted(op, torch.arange(len(OPS)), right=True).tolist()
-        rows, op, strength = rows[: ends[-1]], op[: ends[-1]], strength[rows[: ends[-1]]]
-        on_device = send(strength.float(), images)[:, None, None, None]
-        rows = send(rows, images)
-        part = images.index_select(0, rows)
-        start = 0
-        for function, end in zip(PIXEL_OPS.values(), ends):
-            if end > start:
-                part[start:end] = function(part[start:end], on_device[start:end])
-            start = end
-        if start < len(part):
-            matrix = affine_matrices([OPS[i] for i in op[start:].tolist()], strength[start:], *images.shape[2:])
-            part[start:] = affine(part[start:], send(matrix.float(), images))
-        return images.index_copy(0, rows, part)
+    def _decide_randaugment(self, draws, H, W):
+        config, pixel_ops = self.config, len(PIXEL_OPS)
+        applied, choice, sign, deviate = draws.reshape(config.randaugment_ops, 4, -1).swapaxes(0, 1)
+        normal = torch.special.ndtri(torch.from_numpy(np.maximum(deviate, 2**-25))).numpy()
+        strength = np.clip(config.randaugment_magnitude + config.randaugment_std * normal, 0, 10) / 10
+        strength *= np.where(sign < 0.5, -1, 1)
+        op = np.where(applied < config.randaugment_probability, choice * len(OPS), len(OPS)).astype(np.uint8)
+        order = op.argsort(axis=1, kind="stable")  # images with the same operation lie side by side
+        op, strength = np.take_along_axis(op, order, 1), np.take_along_axis(strength, order, 1)
+        parameters = pixel_parameters(op, strength.astype(np.float32))
+        moved = (op >= pixel_ops) & (op < len(OPS))
+        kinds, sizes = torch.from_numpy(op[moved]) - pixel_ops, torch.from_numpy(strength[moved])
+        matrices = affine_matrices(kinds, sizes, H, W).float().numpy()
+        matrices = np.split(matrices, moved.sum(1).cumsum()[:-1])
+        ends = [row.searchsorted(np.arange(len(OPS)), side="right").tolist() for row in op]
+        decided = {}
+        for r, end in enumerate(ends):
+            values = order[r, : end[-1]], parameters[r, : end[-1]], matrices[r]
+            decided |= {f"{name}{r}": value for name, value in zip(_RANDAUGMENT, values)}
+        return decided, ends
 
-    def _erase(self, images, draw):
-        C, H, W = images.shape[1:]
-        applied, area, aspect, top, left, offset = (next(draw) for _ in range(6))
+    def _decide_erasing(self, draws, H, W):
+        """(6, images that are erased): their rows, where their noise begins, and the rectangle."""
+        rows = np.flatnonzero(draws[0] < self.config.erasing)
+        area, aspect, top, left, offset = draws[1:, rows]
         area = (0.02 + (1 / 3 - 0.02) * area) * H * W
-        ratio = (math.log(0.3) * (1 - 2 * aspect)).exp()
-        height = (area * ratio).sqrt().round().clamp(1, H).long()
-        width = (area / ratio).sqrt().round().clamp(1, W).long()
-        top, left = (top * (H - height + 1)).long(), (left * (W - width + 1)).long()
-        rows = (applied < self.config.erasing).nonzero()[:, 0]
-        box = inside(torch.stack([top, top + height, left, left + width], 1)[rows], images)
-        offset = send((offset[rows] * 2**16).long(), images)
-        rows = send(rows, images)
-        noise = _noise(C * H * W, images.device)[offset].view(-1, C, H, W)
-        return images.index_copy(0, rows, torch.where(box, noise, images.index_select(0, rows)))
+        ratio = torch.from_numpy(math.log(0.3) * (1 - 2 * aspect)).exp().numpy()
+        height = np.rint(np.sqrt(area * ratio)).clip(1, H).astype(np.int64)
+        width = np.rint(np.sqrt(area / ratio)).clip(1, W).astype(np.int64)
+        top, left = (top * (H - height + 1)).astype(np.int64), (left * (W - width + 1)).astype(np.int64)
+        return np.stack([rows, (offset * 2**16).astype(np.int64), top, top + height, left, left + width])
 
-    def _mix(self, images, partners, draws):
-        """Returns the mixed images and each image's own share of the pixels, (B, 1)."""
-        H, W = images.shape[2:]
-        applied, switch, weight, row, column = draws.unbind(1)
+    def _decide_mix(self, draws, H, W):
+        """box: (4, B), the partner's rectangle.  keep: (2, B), the own share outside of it, and of all pixels."""
         config = self.config
+        applied, switch, weight, row, column = draws
         applied = applied < config.mix_probability
         cut = switch < config.switch_probability
         if config.mixup == 0 or config.cutmix == 0:
-            cut = torch.full_like(cut, config.cutmix > 0)
-        keep = torch.ones_like(weight)
-        bounds = torch.zeros(len(images), 4, dtype=torch.long)
+            cut = np.full_like(cut, config.cutmix > 0)
+        keep, box = np.ones_like(weight), np.zeros((4, len(weight)), np.int64)
         if config.cutmix > 0:
-            side = (1 - beta_quantile(weight, config.cutmix)).sqrt() * (cut & applied)
-            height, width = (H * side).long(), (W * side).long()
-            top, left = (row * H).long() - height // 2, (column * W).long() - width // 2
-            bounds = torch.stack([top, top + height, left, left + width], 1).clamp(min=0)
-            bounds = torch.minimum(bounds, torch.tensor([H, H, W, W]))
+            side = np.sqrt(1 - beta_quantile(torch.from_numpy(weight), config.cutmix).numpy()) * (cut & applied)
+            height, width = (H * side).astype(np.int64), (W * side).astype(np.int64)
+            top = (row * H).astype(np.int64) - height // 2
+            left = (column * W).astype(np.int64) - width // 2
+            box = np.stack([top, top + height, left, left + width])
+            box = np.minimum(np.maximum(box, 0), np.array([H, H, W, W])[:, None])
         if config.mixup > 0:
-            keep = torch.where(applied & ~cut, beta_quantile(weight, config.mixup), keep)
-        top, bottom, left, right = bounds.unbind(1)
-        share = send((keep * (1 - (bottom - top) * (right - left) / (H * W))).float(), images)[:, None]
-        keep = send(keep.float(), images)[:, None, None, None] * ~inside(bounds, images)
-        return partners + keep * (images - partners), share
+            own = beta_quantile(torch.from_numpy(weight), config.mixup).numpy()
+            keep = np.where(applied & ~cut, own, keep)
+        top, bottom, left, right = box
+        outside = 1 - ((bottom - top) * (right - left)).astype(np.float32) / np.float32(H * W)
+        return {"box": box, "keep": np.stack([keep, keep * outside]).astype(np.float32)}
+
+    # ---- on the device ---------------------------------------------------------------------------------------------
+
+    def _crop_and_flip(self, images, start, column, direction):
+        C, H, W = images.shape[1:]
+        pad = self.config.crop_padding
+        rows = start[:, None] + steps(H, W + 2 * pad, images.device)
+        columns = column[:, None] + direction[:, None] * steps(W, 1, images.device)
+        index = (rows[:, :, None] + columns[:, None]).flatten(1)[:, None].expand(-1, C, -1)
+        return F.pad(images, (pad, pad, pad, pad)).flatten(2).gather(2, index).view_as(images)
+
+    def _randaugment(self, images, ends, rows, parameter, matrices):
+        part = images.index_select(0, rows)
+        parts = pixel_operations(part, ends, parameter[:, None, None, None])
+        if len(matrices) > 0:
+            parts.append(affine(part[len(part) - len(matrices) :], matrices))
+        return images.index_copy(0, rows, torch.cat(parts)) if parts else images
+
+    def _erase(self, images, rows, offset, *rectangle):
+        C, H, W = images.shape[1:]
+        noise = _noise(C * H * W, images.device)[offset].view(-1, C, H, W)
+        box = inside(rectangle, H, W)
+        return images.index_copy(0, rows, torch.where(box, noise, images.index_select(0, rows)))
+
+
+_RANDAUGMENT = "rows", "parameter", "matrices"
+"""Of each round: which images an operation is applied to, in the order of the operations, and how."""
 
 
 def _one_hot(labels, num_classes):

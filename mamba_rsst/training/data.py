@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import Dataset, Sampler
 
 from .augmentation import uniforms
-from .image_ops import send
+from .image_ops import send_all
 from .image_sources import load_splits
 
 
@@ -254,18 +254,20 @@ class ImageCollator:
         self.mean, self.std = (torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (mean, std))
 
     def __call__(self, indices):
-        images, labels = self.dataset.images, self.dataset.labels
-        index = torch.tensor(indices)
-        here = send(index, images)
-        pixels, targets = images[here], labels[here]
-        if self.augmentation is None:
-            pixels = pixels.float() / 255
+        images, labels, device = self.dataset.images, self.dataset.labels, self.dataset.images.device
+        if self.mean.device != device:
+            self.mean, self.std = self.mean.to(device), self.std.to(device)
+        index, augmentation = torch.from_numpy(np.array(indices, dtype=np.int64)), self.augmentation
+        if augmentation is None:
+            here = send_all({"here": index.numpy()}, device)["here"]
+            pixels, targets = images[here].float() / 255, labels[here]
         else:
-            numbers = uniforms(self.seed, self.dataset.epoch, index, 1 + self.augmentation.draws)
-            others = None, None
-            if self.augmentation.mixes:
-                partner = send((numbers[:, 0].double() * len(images)).long(), images)
-                others = images[partner], labels[partner]
-            pixels, targets = self.augmentation(pixels, targets, *others, numbers[:, 1:], self.num_classes)
-        mean, std = send(self.mean, images), send(self.std, images)
-        return {"pixel_values": (pixels - mean) / std, "labels": targets}
+            numbers = uniforms(self.seed, self.dataset.epoch, index, 1 + augmentation.draws)
+            wanted = [index]
+            if augmentation.mixes:
+                wanted.append((numbers[:, 0].double() * len(images)).long())  # the partners
+            wanted = send_all({"here": torch.stack(wanted).numpy()}, device)["here"].unbind(0)
+            chosen = [part for here in wanted for part in (images[here], labels[here])]
+            chosen += [None] * (4 - len(chosen))
+            pixels, targets = augmentation(*chosen, numbers[:, 1:], self.num_classes)
+        return {"pixel_values": (pixels - self.mean) / self.std, "labels": targets}

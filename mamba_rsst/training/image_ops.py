@@ -1,7 +1,9 @@
 """RandAugment's operations for whole batches, with PIL's arithmetic."""
 
 import math
+from functools import lru_cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -11,7 +13,7 @@ import torch.nn.functional as F
 
 
 def autocontrast(images):
-    low, high = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
+    low, high = (x[..., None, None] for x in images.flatten(2).aminmax(dim=2))
     stretched = ((images - low).float() * 255 / (high - low).clamp(min=1)).to(torch.uint8)
     return torch.where(high > low, stretched, images)
 
@@ -36,11 +38,6 @@ def solarize_add(images, amount):
     return torch.where(images < 128, (images + amount).clamp(max=255).to(torch.uint8), images)
 
 
-def _blend(degenerate, images, factor):
-    degenerate = degenerate.float()
-    return (degenerate + factor * (images.float() - degenerate)).clamp(0, 255).to(torch.uint8)
-
-
 def _gray(images):
     if images.shape[1] == 1:
         return images
@@ -48,45 +45,47 @@ def _gray(images):
     return ((19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16)[:, None]
 
 
-def color(images, factor):
-    return _blend(_gray(images), images, factor)
-
-
-def contrast(images, factor):
+def _mean_gray(images):
     gray = _gray(images)
     size = gray[0].numel()
-    return _blend((2 * gray.sum((2, 3), keepdim=True) + size) // (2 * size), images, factor)
+    return (2 * gray.sum((2, 3), keepdim=True) + size) // (2 * size)
 
 
-def brightness(images, factor):
-    return _blend(images.new_zeros(()), images, factor)
+def _black(images):
+    return torch.zeros((), device=images.device)
 
 
-def sharpness(images, factor):
+def _smooth(images):
     smooth = images.float()
     if min(images.shape[2:]) >= 3:  # the border has no full neighbourhood and stays as it is
         rows = smooth[:, :, :-2] + smooth[:, :, 1:-1] + smooth[:, :, 2:]
         total = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * smooth[:, :, 1:-1, 1:-1]
         smooth[:, :, 1:-1, 1:-1] = (total / 13 + 0.5).floor()
-    return _blend(smooth, images, factor)
+    return smooth
 
 
 def affine(images, matrix, fill=128):
     """Bilinear resampling: output pixel (x, y) shows the input at matrix @ (x, y, 1), in pixels. matrix: (N, 2, 3)."""
-    H, W = images.shape[2:]
-    x = (torch.arange(W, device=images.device) + 0.5).expand(len(images), H, W)
-    y = (torch.arange(H, device=images.device) + 0.5)[:, None].expand(len(images), H, W)
-    (a, b, c), (d, e, f) = (row.unbind(1) for row in matrix[..., None, None].unbind(1))
-    grid = torch.stack([(a * x + b * y + c) * (2 / W) - 1, (d * x + e * y + f) * (2 / H) - 1], dim=-1)
+    x, y, scale = _pixel_centres(*images.shape[2:], images.device)
+    a, b, c = matrix[:, None, None].unbind(-1)  # (N, 1, 1, 2): what x and y of the input are made of
+    grid = (a * x + b * y + c) * scale - 1
     moved = F.grid_sample(images.float() - fill, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     return (moved + (fill + 0.5)).clamp(0, 255).to(torch.uint8)
 
 
-def affine_matrices(names, strength, H, W):
-    """The matrices of `affine`. names: N of GEOMETRIC_OPS; strength: (N,) in [-1, 1]. Returns (N, 2, 3) float64."""
-    rotate, shear_x, shear_y, move_x, move_y = (
-        strength * torch.tensor([name == op for name in names], dtype=torch.float64) for op in GEOMETRIC_OPS
-    )
+@lru_cache(maxsize=4)
+def _pixel_centres(H, W, device):
+    """x and y of every pixel, (W, 1) and (H, 1, 1), and what brings them to grid_sample's [-1, 1] of both, (2,)."""
+    x, y = (torch.arange(size, device=device) + 0.5 for size in (W, H))
+    return x[:, None], y[:, None, None], torch.tensor([2 / W, 2 / H], device=device)
+
+
+def affine_matrices(kind, strength, H, W):
+    """The matrices of `affine`. kind: (N,), places in GEOMETRIC_OPS; strength: (N,) float64 in [-1, 1].
+
+    Returns (N, 2, 3) float64.
+    """
+    rotate, shear_x, shear_y, move_x, move_y = strength * (kind == torch.arange(len(GEOMETRIC_OPS))[:, None])
     angle = rotate * -math.radians(30)
     cos, sin = angle.cos(), angle.sin()
     c = W / 2 - cos * W / 2 - sin * H / 2 + 0.45 * W * move_x
@@ -94,35 +93,99 @@ def affine_matrices(names, strength, H, W):
     return torch.stack([cos, sin + 0.3 * shear_x, c, 0.3 * shear_y - sin, cos, f], dim=1).view(-1, 2, 3)
 
 
-def _factor(strength):
-    return (1 + 0.9 * strength).clamp(min=0.1)
-
-
-# Strength in [-1, 1] to each operation's own parameter, as in timm's "increasing" set.
-PIXEL_OPS = {
-    "autocontrast": lambda images, strength: autocontrast(images),
-    "equalize": lambda images, strength: equalize(images),
-    "invert": lambda images, strength: 255 - images,
-    "posterize": lambda images, strength: posterize(images, (4 - (4 * strength.abs()).floor()).clamp(min=1)),
-    "solarize": lambda images, strength: solarize(images, 256 - (256 * strength.abs()).floor()),
-    "solarize_add": lambda images, strength: solarize_add(images, (110 * strength.abs()).floor()),
-    "color": lambda images, strength: color(images, _factor(strength)),
-    "contrast": lambda images, strength: contrast(images, _factor(strength)),
-    "brightness": lambda images, strength: brightness(images, _factor(strength)),
-    "sharpness": lambda images, strength: sharpness(images, _factor(strength)),
+# An operation either makes the new images itself, or an image that the old one is blended with.
+_MADE = {
+    "autocontrast": lambda images, _: autocontrast(images),
+    "equalize": lambda images, _: equalize(images),
+    "invert": lambda images, _: 255 - images,
+    "posterize": posterize,
+    "solarize": solarize,
+    "solarize_add": solarize_add,
 }
+_BLENDED = {"color": _gray, "contrast": _mean_gray, "brightness": _black, "sharpness": _smooth}
+PIXEL_OPS = (*_MADE, *_BLENDED)
 GEOMETRIC_OPS = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
 OPS = (*PIXEL_OPS, *GEOMETRIC_OPS)
 
 
-def inside(bounds, images):
-    """bounds: (N, 4) top, bottom, left, right (ends excluded). Returns (N, 1, H, W) bool on the device of `images`."""
-    top, bottom, left, right = send(bounds, images)[..., None].unbind(1)
-    rows, columns = (torch.arange(size, device=images.device) for size in images.shape[2:])
+def pixel_operations(images, ends, parameter):
+    """images: (N, C, H, W), those of the same operation side by side; ends: where each of PIXEL_OPS' images end.
+
+    parameter: (N, 1, 1, 1) float32, see `pixel_parameters`. Returns the new images as a list of parts, in order.
+    """
+    parts, others, start = [], [], 0
+    for make, end in zip(_MADE.values(), ends):
+        if end > start:
+            parts.append(make(images[start:end], parameter[start:end]))
+        start = end
+    first = start
+    for make, end in zip(_BLENDED.values(), ends[len(_MADE) :]):
+        if end > start:
+            others.append(make(images[start:end]).float().expand_as(images[start:end]))
+        start = end
+    if others:
+        other = torch.cat(others)
+        blend = other + parameter[first:start] * (images[first:start].float() - other)
+        parts.append(blend.clamp(0, 255).to(torch.uint8))
+    return parts
+
+
+def pixel_parameters(op, strength):
+    """Each operation's own parameter, as in timm's "increasing" set: kept bits, a threshold, an amount, or a factor.
+
+    op: places in OPS, len(OPS) for none; strength: float32 in [-1, 1]. Returns float32, 0 for operations without one.
+    """
+    size = np.abs(strength)
+    bits = np.maximum(4 - np.floor(4 * size), 1)
+    factor = np.maximum(1 + np.float32(0.9) * strength, np.float32(0.1))
+    choices = np.zeros_like(size), bits, 256 - np.floor(256 * size), np.floor(110 * size), factor
+    return np.choose(_PARAMETER[op], choices)
+
+
+_PARAMETER = np.array(
+    [{"posterize": 1, "solarize": 2, "solarize_add": 3}.get(name, 4 if name in _BLENDED else 0) for name in OPS] + [0]
+)
+
+
+def inside(bounds, H, W):
+    """bounds: top, bottom, left, right (ends excluded), each (N,). Returns (N, 1, H, W) bool on their device."""
+    top, bottom, left, right = (bound[:, None] for bound in bounds)
+    rows, columns = (steps(size, 1, top.device) for size in (H, W))
     rows, columns = (rows >= top) & (rows < bottom), (columns >= left) & (columns < right)
     return (rows[:, :, None] & columns[:, None])[:, None]
+
+
+# ------------------------------------------------------------------------------------------------------- to the device
+
+
+@lru_cache(maxsize=16)
+def steps(count, step, device):
+    """0, step, 2 step, ...: (count,) int64, kept on the device."""
+    return torch.arange(0, count * step, step, device=device)
 
 
 def send(tensor, images):
     """A CPU tensor on the device of `images`, without waiting for the work queued there."""
     return tensor.to(images.device, non_blocking=True)
+
+
+def send_all(arrays, device):
+    """NumPy arrays by name as tensors on `device`, in one transfer that does not wait for the work queued there.
+
+    From memory that is not pinned CUDA copies at once only what is small; for the rest it waits.
+    """
+    if torch.device(device).type != "cuda":
+        return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+    starts, size = [], 0
+    for array in arrays.values():
+        starts.append(size)
+        size += -(-array.nbytes // 8) * 8
+    pinned = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    flat = pinned.numpy()
+    for start, array in zip(starts, arrays.values()):
+        flat[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    sent = pinned.to(device, non_blocking=True)
+    return {
+        name: sent[start : start + array.nbytes].view(torch.from_numpy(array).dtype).view(array.shape)
+        for start, (name, array) in zip(starts, arrays.items())
+    }

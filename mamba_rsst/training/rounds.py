@@ -6,18 +6,20 @@ import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 
 from ..pruning import Masks
-from .arguments import RSSTConfig
+from .arguments import UNPRUNED, RSSTConfig
 
 
 @dataclass(frozen=True)
 class Stage:
     """One stretch of training. Order of events: select, train, cut, rewind.
 
-    select: choose the channels that leave, from the weights at the start.  decay: penalise them while training.
-    cut: remove them at the end.  rewind: then set the survivors back.  round: 1-based; 0 = before pruning.
+    select: choose what leaves, from the weights at the start.  decay: penalise the leaving channels while training;
+    spread: all channels instead.  cut: remove what leaves at the end (unstructured: zero it).  rewind: then set the
+    survivors back.  masked: weights that are zero stay so.  round: 1-based; 0 = before pruning.
     """
 
     name: str
@@ -26,15 +28,17 @@ class Stage:
     round: int = 0
     select: bool = False
     decay: bool = False
+    spread: bool = False
     cut: bool = False
     rewind: bool = False
+    masked: bool = False
 
 
 def plan_stages(args: RSSTConfig) -> list[Stage]:
     """The stages of a run, see RSSTConfig."""
     epochs = float(args.num_train_epochs)
     stages = [Stage("train", epochs, args.learning_rate)]
-    if args.method == "dense":
+    if args.method in UNPRUNED:
         return stages
 
     def default(value, other):
@@ -42,24 +46,22 @@ def plan_stages(args: RSSTConfig) -> list[Stage]:
 
     recovery = default(args.recovery_epochs, epochs)
     recovery_rate = default(args.recovery_learning_rate, args.learning_rate)
+    decay_rate = default(args.rsst_learning_rate, args.learning_rate)
+    rewind, unstructured = args.rewinds_to != "none", args.method == "unstructured"
     for r in range(1, args.num_rounds + 1):
+        if args.spread_epochs > 0:
+            stages.append(Stage(f"spread-{r}", float(args.spread_epochs), decay_rate, r, decay=True, spread=True))
         if args.method == "rsst":
             length = default(args.rsst_epochs, epochs)
             if length == 0:
                 raise ValueError("`rsst_epochs` must be set when `num_train_epochs` is 0.")
-            rate = default(args.rsst_learning_rate, args.learning_rate)
-            stages.append(Stage(f"rsst-{r}", length, rate, r, select=True, decay=True, cut=True))
+            stages.append(Stage(f"rsst-{r}", length, decay_rate, r, select=True, decay=True, cut=True, rewind=rewind))
         else:
-            rewind = args.rewind != "none"
-            stages.append(Stage(f"prune-{r}", 0.0, args.learning_rate, r, select=True, cut=True, rewind=rewind))
+            name = f"mask-{r}" if unstructured else f"prune-{r}"
+            stages.append(Stage(name, 0.0, args.learning_rate, r, select=True, cut=True, rewind=rewind))
         if recovery > 0:
-            stages.append(Stage(f"recover-{r}", recovery, recovery_rate, r))
+            stages.append(Stage(f"recover-{r}", recovery, recovery_rate, r, masked=unstructured))
     return stages
-
-
-def round_sparsity(sparsity: float, round_index: int, num_rounds: int) -> float:
-    """Cumulative sparsity after a round: densities multiply, (1 - s)^(i / S), so the last round reaches s."""
-    return 1.0 - (1.0 - sparsity) ** (round_index / num_rounds)
 
 
 @dataclass
@@ -79,6 +81,15 @@ class RunState:
     steps: int = 0
     epochs: float = 0.0
     seconds: float = 0.0
+    spent: dict[str, dict] = field(default_factory=dict)
+    """Finished stage -> {"epochs", "steps", "seconds"}; of an interrupted stage the seconds since it was resumed."""
+
+    def take_over(self, other: "RunState", channel_sparsity: bool) -> None:
+        """Begin where `other`, a run of one stage, ended. channel_sparsity: in the log, as of a run that prunes."""
+        more = {"channel_sparsity": 0.0} if channel_sparsity else {}
+        self.history = [{**entry, **more} if "loss" in entry else entry for entry in other.history]
+        self.metrics, self.spent, self.done = dict(other.metrics), dict(other.spent), 1
+        self.steps, self.epochs, self.seconds = other.steps, other.epochs, other.seconds
 
 
 class RunFolder:
@@ -133,11 +144,17 @@ class RunFolder:
         return self.start
 
 
-def save_masks(masks: Masks, path: Path) -> None:
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """safetensors, written beside and renamed: masks and scores of a stage."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".tmp")
-    save_file({name: mask.cpu() for name, mask in masks.items()}, beside)
+    save_file({name: tensor.cpu() for name, tensor in tensors.items()}, beside)
     os.replace(beside, path)
+
+
+def save_masks(masks: Masks, path: Path) -> None:
+    """Masks of channels, or of weights."""
+    save_tensors(masks, path)
 
 
 def load_masks(path: Path) -> Masks:

@@ -17,14 +17,29 @@ from huggingface_hub import upload_folder
 from transformers import Trainer, TrainerCallback, get_scheduler, set_seed
 from transformers.trainer_utils import TrainOutput
 
-from ..pruning import Masks, PruningConfig, align_, find_groups, leaving_share, select_channels, shrink_
+from ..pruning import (
+    Masks,
+    PruningConfig,
+    align_,
+    apply_weight_masks_,
+    choose_weights,
+    find_groups,
+    leaving_share,
+    select_channels,
+    shrink_,
+    weight_sparsity,
+)
 from ..pruning.masks import kept_widths
 from ..pruning.penalty import MAX_DECAY, check_amount, decay_, group_lasso, strength_for
+from ..pruning.prune import score_groups
 from ..pruning.schedules import schedule_value
-from .arguments import RSSTConfig
+from ..pruning.weight_masks import check_weight_pruning, check_weight_sparsity
+from .arguments import UNPRUNED, RSSTConfig
+from .averaging import WeightAverage
 from .compiling import compile_blocks_
 from .data import EpochSampler
 from .distillation import soft_target_loss
+from .first_stage import copy_first_stage, read_first_stage
 from .graphed_step import GraphedStep, capture
 from .rounds import (
     NOT_UPLOADED,
@@ -36,8 +51,8 @@ from .rounds import (
     load_masks,
     plan_stages,
     remove_checkpoints,
-    round_sparsity,
     save_masks,
+    save_tensors,
 )
 from .sharding import check_sharding, checkpoint_files, copy_marks, copy_to_shard, gather_, reshard_
 
@@ -47,10 +62,10 @@ _FREE = ("compile_blocks", "cuda_graphs", "logging_nan_inf_filter")
 
 
 class RSSTTrainer(Trainer):
-    """Trains a model and prunes its width on the way: RSST, Refill, or dense training only (see RSSTConfig).
+    """Trains a model and prunes it on the way: RSST, Refill, at once or gradually, or not at all (see RSSTConfig).
 
     Beyond Trainer's arguments:
-    pruning: what to remove; needed unless args.method is "dense".
+    pruning: what to remove; needed unless args.method is "dense" or "scratch".
     eval_data_collator: collator of the evaluation set, where it differs from `data_collator`.
     calibration: batches that data-driven scores look at; default the first `calibration_batches` of training.
 
@@ -76,7 +91,7 @@ class RSSTTrainer(Trainer):
             raise ValueError(f"`args` must be an RSSTConfig, got {type(args).__name__}.")
         if kwargs.get("model_init") is not None or any(kwargs.get("optimizers") or ()):
             raise ValueError("RSSTTrainer takes a `model` and builds its optimizers itself, by `args.optim`.")
-        if args.method != "dense":
+        if args.method not in UNPRUNED:
             if pruning is None:
                 raise ValueError(f"method={args.method!r} needs `pruning`, a PruningConfig.")
             if model is not None:
@@ -89,14 +104,12 @@ class RSSTTrainer(Trainer):
             raise ValueError(f"`cuda_graphs` needs one process on one CUDA GPU; this run has {here}.")
         stages = plan_stages(args)
         super().__init__(model=model, args=args, **kwargs)
-        if args.method != "dense" and self.is_deepspeed_enabled:
-            raise ValueError("Channels cannot be scored and cut in weights that DeepSpeed has sharded; FSDP 2 can be.")
+        if self.is_deepspeed_enabled and (args.method not in UNPRUNED or args.ema_decay > 0):
+            raise ValueError("Weights that DeepSpeed has sharded cannot be scored, cut or averaged; use FSDP 2.")
         self._fsdp = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         if self._fsdp is not None:
             check_sharding(self._fsdp, self.model, args)
-            self._fsdp.mixed_precision_policy = (
-                None  # it would round A_log to bf16; see autocast_smart_context_manager
-            )
+            self._fsdp.mixed_precision_policy = None  # would round A_log to bf16: autocast_smart_context_manager
             self.is_fsdp_enabled = False  # but while a stage trains: before and after it the model is whole
         self._whole = None  # the whole model, which waits while a stage trains a sharded copy
         self.pruning = pruning
@@ -107,8 +120,10 @@ class RSSTTrainer(Trainer):
         self.run_state: RunState | None = None
         self.teacher = None
         self._stage: Stage | None = None
-        self._masks: Masks = {}
+        self._masks: Masks = {}  # of channels; of weights where the method is "unstructured"
         self._leaving_groups = []
+        self._zeros: Masks = {}  # masks of weights that training must keep at zero
+        self._zeroed: tuple[list, list] | None = None  # those weights, and the factors that put the zeros back
         self._lambda_max = 0.0
         self._penalty_weight = torch.zeros((), device=args.device)  # lambda, where a recorded step can read it
         self._graphed: GraphedStep | None = None
@@ -116,19 +131,23 @@ class RSSTTrainer(Trainer):
         self._clock = (time.perf_counter(), 0)
         self._parameter_count: int | None = None
         self._check_decay()
+        self._average = WeightAverage(args.ema_decay)
+        self.callback_handler.callbacks.insert(0, self._average)  # others see the average when a stage's training ends
         self.add_callback(_StageCallback(self))
 
     # ---- the run: stages, one after the other ----------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: bool | None = None, **kwargs) -> TrainOutput:
+    def train(self, resume_from_checkpoint: bool | None = None, first_stage=None, **kwargs) -> TrainOutput:
         """Run the stages that are not done yet. Returns the last one's TrainOutput.
 
         resume_from_checkpoint: True goes on with the run in `args.output_dir`, under the same settings. Raises
         ValueError for a path: where a run goes on follows from its folder.
+        first_stage: folder of a finished run of method "dense" with the same model, data and settings, whose training
+        a new run takes over as its own first stage: the same weights, without training them again.
         """
         if resume_from_checkpoint not in (None, False, True):
             raise ValueError(f"`resume_from_checkpoint` is True or False here, got {resume_from_checkpoint!r}.")
-        self._open_run(bool(resume_from_checkpoint))
+        self._open_run(bool(resume_from_checkpoint), first_stage)
         output = TrainOutput(0, 0.0, {})
         whole_run = copy.copy(self.args)
         try:
@@ -137,10 +156,15 @@ class RSSTTrainer(Trainer):
         finally:
             for name in ("output_dir", "num_train_epochs", "learning_rate", "load_best_model_at_end"):
                 setattr(self.args, name, getattr(whole_run, name))
-            self._stage, self._masks, self._leaving_groups = None, {}, []
+            self._stage = None
+            self._forget_masks()
+            self._average.stop()
         return output
 
-    def _open_run(self, resume: bool) -> None:
+    def _forget_masks(self) -> None:
+        self._masks, self._leaving_groups, self._zeros, self._zeroed = {}, [], {}, None
+
+    def _open_run(self, resume: bool, first_stage=None) -> None:
         folder = self.run_folder
         if folder.exists():
             if not resume:
@@ -157,7 +181,15 @@ class RSSTTrainer(Trainer):
             raise ValueError(f"{str(folder.path)!r} holds no run to resume.")
         widths = {g.name: g.size for g in self._groups()} if self.pruning else {}
         self.run_state = RunState([s.name for s in self.stages], settings=self._settings(), dense_widths=widths)
+        taken = first_stage and read_first_stage(first_stage, self.run_state.settings)
         self._save_model_folder(folder.start)
+        if taken:
+            if self.is_world_process_zero():
+                point = self.args.rewind == "step"  # a run that rewinds to `start` must not find it
+                copy_first_stage(first_stage, folder.stage(0, self.stages[0]), point)
+            self.accelerator.wait_for_everyone()
+            self.run_state.take_over(taken, channel_sparsity=bool(widths))
+            self._set_model(folder.model(1, self.stages))
         self._write_state()
 
     def _settings(self) -> dict:
@@ -174,12 +206,14 @@ class RSSTTrainer(Trainer):
         metrics = {}
         started = time.time()
         set_seed(self.args.seed + index)  # each stage draws its own numbers, the same whether resumed or not
-        self._masks, self._leaving_groups = {}, []
+        self._forget_masks()
         if stage.select:
-            align_(self.model, self.pruning)
-            chosen = self._select(stage, folder / "masks.safetensors")
-            self._masks = {name: mask.to(self.args.device) for name, mask in chosen.items()}  # read in every step
-            self._leaving_groups = [g for g in self._groups() if g.name in self._masks]
+            self._use_masks(self._select(stage, folder))
+        if stage.spread:
+            self._use_masks({g.name: torch.zeros(g.size, dtype=torch.bool) for g in self._groups()})
+        if stage.masked:
+            file = self.run_folder.stage(index - 1, self.stages[index - 1]) / "masks.safetensors"
+            self._zeros = {name: mask.to(self.args.device) for name, mask in load_masks(file).items()}
         for part in (self.data_collator, self.train_dataset):  # augmentation; a stream's order
             if hasattr(part, "seed"):  # others in every stage, the same in every resumption
                 part.seed = self.args.seed + 7919 * index
@@ -198,62 +232,108 @@ class RSSTTrainer(Trainer):
                 if self.args.compile_blocks:
                     compile_blocks_(self.model)
                 set_seed(self.args.seed + index)
+                if self.args.ema_decay > 0 and not stage.decay:
+                    self._average.start(self.model, checkpoint)
                 output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
             self._graphed = self._graphed_decay = None  # and with them the memory of a step's activations
         else:
             self.state.log_history, self.state.epoch = [], 0
         if stage.cut:
+            if stage.decay:  # what the same score says of the channels now
+                self._save_scores(folder, "after", self._score(stage, folder))
             metrics["before_cut"] = self._evaluate_quietly()
-            shrink_(self.model, self._masks)
+            self._remove_(self.model)
             self._fresh_optimizer()
             metrics["after_cut"] = self._evaluate_quietly()
         if stage.rewind:
             self._rewind(index, folder)
+        if self._zeros:
+            check_weight_sparsity(self.model, self._zeros)
         metrics["end"] = metrics["after_cut"] if stage.cut and not stage.rewind else self._evaluate_quietly()
-        self._masks, self._leaving_groups = {}, []
+        self._forget_masks()
         self._save_model_folder(folder / "model")
         state = self.run_state
         state.history += self._with_offsets(self.state.log_history, stage)
-        if stage.epochs > 0:
-            state.steps, state.epochs = state.steps + self.state.global_step, state.epochs + self.state.epoch
+        steps, epochs = (self.state.global_step, self.state.epoch) if stage.epochs > 0 else (0, 0.0)
+        state.spent[stage.name] = {"epochs": epochs, "steps": steps, "seconds": time.time() - started}
+        state.steps, state.epochs = state.steps + steps, state.epochs + epochs
         state.metrics[stage.name] = metrics
         state.done = index + 1
-        state.seconds += time.time() - started
+        state.seconds += state.spent[stage.name]["seconds"]
         self._write_state()
         if self.is_world_process_zero():
             remove_checkpoints(folder)
         return output
 
-    def _select(self, stage: Stage, path) -> Masks:
+    def _use_masks(self, masks: Masks) -> None:
+        self._masks = {name: mask.to(self.args.device) for name, mask in masks.items()}  # read in every step
+        self._leaving_groups = [g for g in self._groups() if g.name in self._masks] if self._channels else []
+
+    @property
+    def _channels(self) -> bool:
+        return self.args.method != "unstructured"
+
+    def _select(self, stage: Stage, folder) -> Masks:
         """Choose on the trained weights, before anything is rewound; rank 0 decides for all processes."""
+        path = folder / "masks.safetensors"
         chosen = [path.is_file() and load_masks(path)]
         broadcast_object_list(chosen)
+        if self._channels:
+            align_(self.model, self.pruning)
         if not chosen[0]:
-            config = dataclasses.replace(self.pruning, sparsity=self._cumulative_sparsity(stage))
-            batches = self.calibration
-            if batches is None:
-                batches = islice(self.get_train_dataloader(), self.args.calibration_batches)
-            self._move_model_to_device(self.model, self.args.device)
-            with self.accelerator.autocast():
-                chosen = [select_channels(self.model, config, batches, self.run_state.dense_widths)]
+            config = self._config_of(stage)
+            if self._channels:
+                scores = self._score(stage, folder)
+                chosen = [select_channels(self.model, config, dense=self.run_state.dense_widths, scores=scores)]
+                self._save_scores(folder, "before", scores)
+            else:
+                chosen = [choose_weights(self.model, config)]
             broadcast_object_list(chosen)
             if self.is_world_process_zero():
                 save_masks(chosen[0], path)
         return chosen[0]
 
-    def _cumulative_sparsity(self, stage: Stage):
+    def _score(self, stage: Stage, folder) -> dict[str, torch.Tensor]:
+        batches = self.calibration
+        if batches is None:
+            batches = islice(self.get_train_dataloader(), self.args.calibration_batches)
+        self._move_model_to_device(self.model, self.args.device)
+        # Scores hook into modules and run each batch size once: compiled code would neither be hooked nor pay.
+        with self.accelerator.autocast(), torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
+            return score_groups(self.model, self._config_of(stage), batches, self.run_state.dense_widths)
+
+    def _save_scores(self, folder, when: str, scores: dict[str, torch.Tensor]) -> None:
+        """stages/<i>-<name>/scores.safetensors: "before:<group>" when channels were chosen, "after:<group>" at the end
+        of a stage that decayed some of them."""
+        if self.is_world_process_zero():
+            file = folder / "scores.safetensors"
+            kept = load_masks(file) if file.is_file() else {}
+            save_tensors(kept | {f"{when}:{name}": score for name, score in scores.items()}, file)
+
+    def _config_of(self, stage: Stage) -> PruningConfig:
+        """What is to be gone once the stage's round is over."""
+
         def reached(sparsity):
-            return round_sparsity(sparsity, stage.round, self.args.num_rounds)
+            return self.args.sparsity_after(sparsity, stage.round)
 
         sparsity = self.pruning.sparsity
-        return {t: reached(s) for t, s in sparsity.items()} if isinstance(sparsity, dict) else reached(sparsity)
+        sparsity = {t: reached(s) for t, s in sparsity.items()} if isinstance(sparsity, dict) else reached(sparsity)
+        return dataclasses.replace(self.pruning, sparsity=sparsity)
+
+    def _remove_(self, model) -> None:
+        if self._channels:
+            shrink_(model, self._masks)
+        else:
+            apply_weight_masks_(model, self._masks)
 
     def _rewind(self, index: int, folder) -> None:
         """Set the survivors back to the rewind point, which is cut alike and kept for the next round."""
         point = type(self.model).from_pretrained(self.run_folder.rewind_point(index, self.stages))
-        shrink_(align_(point, self.pruning), self._masks)
+        if self._channels:
+            align_(point, self.pruning)
+        self._remove_(point)
         self.model.load_state_dict(point.state_dict())
-        if self.is_world_process_zero():
+        if self._channels and self.is_world_process_zero():
             _replace_folder(point, folder / "rewind")
         self.accelerator.wait_for_everyone()
 
@@ -314,13 +394,20 @@ class RSSTTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def evaluate(self, *args, **kwargs) -> dict:
-        """Trainer's, without touching the random numbers of training, since a resumed run may skip an evaluation."""
-        with torch.random.fork_rng(devices=[]):
+        """Trainer's, of the averaged weights where they are averaged, and without touching the random numbers of
+        training, since a resumed run may skip an evaluation."""
+        with torch.random.fork_rng(devices=[]), self._average.in_place():
             metrics = super().evaluate(*args, **kwargs)
         if self._whole is not None:
             reshard_(self.model)
         self._start_clock()
         return metrics
+
+    def _save_optimizer_and_scheduler(self, output_dir) -> None:
+        """Trainer's, and the averages: before trainer_state.json, which says that the checkpoint is complete."""
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            self._average.save(output_dir)
 
     def _start_clock(self) -> None:
         self._clock = (time.perf_counter(), self.state.global_step)
@@ -429,38 +516,44 @@ class RSSTTrainer(Trainer):
             self.teacher.config.use_cache = False  # a language model would build one for nothing
 
     def _decaying(self, penalty: str) -> bool:
-        return self._stage is not None and self._stage.decay and self.args.penalty == penalty
+        stage = self._stage
+        return stage is not None and stage.decay and penalty == ("growing_l2" if stage.spread else self.args.penalty)
 
     def _lambda(self, steps: int | None = None) -> float:
         """lambda when `steps` of the stage are done; default: when the step under way is."""
         steps = self.state.global_step + 1 if steps is None else steps
         u = min(1.0, steps / max(1, self.state.max_steps))
-        return self._lambda_max * schedule_value(self.args.schedule, u, self.args.schedule_power)
+        return self._lambda_max * self._growth(self._stage)(u)
+
+    def _growth(self, stage: Stage):
+        """f(u) of the stage's penalty; that of all channels rises evenly, as in GReg."""
+        schedule = "linear" if stage.spread else self.args.schedule
+        return functools.partial(schedule_value, schedule, power=self.args.schedule_power)
 
     def _start_decay(self) -> None:
         """Fix lambda_max for the stage: as given, or from the learning rates the stage will see."""
         if not (self._stage and self._stage.decay):
             return
-        self._lambda_max = self._strength(self.lr_scheduler, self.args.learning_rate, self.state.max_steps)
+        self._lambda_max = self._strength(self._stage, self.lr_scheduler, self.state.max_steps)
 
-    def _strength(self, scheduler, learning_rate: float, steps: int) -> float:
+    def _solves(self, stage: Stage) -> bool:
+        return stage.spread or self.args.lambda_max is None
+
+    def _strength(self, stage: Stage, scheduler, steps: int) -> float:
         """lambda_max for a stage of so many steps. Raises ValueError for one that cannot do it, or would overshoot."""
-        args = self.args
-        if args.penalty == "group_lasso":
+        args, learning_rate, growth = self.args, stage.learning_rate, self._growth(stage)
+        if args.penalty == "group_lasso" and not stage.spread:
             return 0.1 if args.lambda_max is None else args.lambda_max
-
-        def growth(u):
-            return schedule_value(args.schedule, u, args.schedule_power)
-
         lambdas = getattr(scheduler, "lr_lambdas", None)
         rates = [learning_rate * lambdas[0](t) for t in range(steps)] if lambdas else [learning_rate] * steps
-        if args.lambda_max is None:
+        if self._solves(stage):
             try:
-                return strength_for(args.residual, rates, growth)
+                return strength_for(args.spread_residual if stage.spread else args.residual, rates, growth)
             except ValueError as error:
+                kind = "spread" if stage.spread else "rsst"
                 raise ValueError(
-                    f"The rsst stage has {steps} steps at learning rates up to {max(rates):.3g}: {error} Give it a "
-                    "larger `rsst_epochs` or learning rate, or less warm-up."
+                    f"The {kind} stage has {steps} steps at learning rates up to {max(rates):.3g}: {error} Give it a "
+                    f"larger `{kind}_epochs` or learning rate, or less warm-up."
                 ) from error
         peak = max(rate * args.lambda_max * growth((t + 1) / steps) for t, rate in enumerate(rates))
         if not peak < 1.0:
@@ -469,9 +562,12 @@ class RSSTTrainer(Trainer):
 
     def _check_decay(self) -> None:
         """Settings under which the penalty cannot work are an error now, not when its stage begins."""
-        if self.args.method != "rsst" or not hasattr(self.train_dataset, "__len__"):
-            return
-        args, stage = self.args, next(stage for stage in self.stages if stage.decay)
+        if hasattr(self.train_dataset, "__len__"):
+            for stage in {stage.spread: stage for stage in self.stages if stage.decay}.values():
+                self._check_decay_of(stage)
+
+    def _check_decay_of(self, stage: Stage) -> None:
+        args = self.args
         batches = len(self.train_dataset) / (args.train_batch_size * args.world_size)
         batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
         steps = math.ceil(stage.epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
@@ -486,15 +582,25 @@ class RSSTTrainer(Trainer):
             )
         except TypeError as error:
             raise ValueError(f"`lr_scheduler_kwargs` do not fit {args.lr_scheduler_type.value!r}: {error}") from error
-        self._strength(scheduler, stage.learning_rate, steps)
+        self._strength(stage, scheduler, steps)
 
     def _decay_step(self) -> None:
-        """After the optimizer's step: w <- w (1 - lr lambda) on the leaving channels."""
+        """After the optimizer's step: w <- w (1 - lr lambda) on the leaving channels; masked weights back to zero."""
+        if self._zeros:
+            self._put_zeros_back()
         if self._decaying("growing_l2") and not self.accelerator.optimizer_step_was_skipped:
             amount = self.optimizer.param_groups[0]["lr"] * self._lambda()
-            if self.args.lambda_max is None:
+            if self._solves(self._stage):
                 amount = min(amount, MAX_DECAY)  # the bound under which the strength was solved for
             self._decay(amount)
+
+    @torch.no_grad()
+    def _put_zeros_back(self) -> None:
+        if self._zeroed is None:  # found once a stage: in every step the names alone would cost a millisecond
+            parameters = dict(self.accelerator.unwrap_model(self.model).named_parameters())
+            weights = [parameters[name] for name in self._zeros]
+            self._zeroed = weights, [mask.to(w.device, w.dtype) for w, mask in zip(weights, self._zeros.values())]
+        torch._foreach_mul_(*self._zeroed)
 
     def _decay(self, amount: float) -> None:
         if not self.args.cuda_graphs:
@@ -518,8 +624,11 @@ class RSSTTrainer(Trainer):
             self._start_clock()
             if self._stage.decay:
                 logs["lambda"] = self._lambda(self.state.global_step)  # as it was in the step that is logged
-                logs["leaving_share"] = leaving_share(self._leaving_groups, self._masks)
-            if self.pruning is not None:
+                if not self._stage.spread:
+                    logs["leaving_share"] = leaving_share(self._leaving_groups, self._masks)
+            if self.pruning is not None and not self._channels:
+                logs["weight_sparsity"] = weight_sparsity(self.model, self.pruning.targets)
+            elif self.pruning is not None:
                 dense = self.run_state.dense_widths
                 now = kept_widths(self._groups(), {})
                 logs["channel_sparsity"] = 1.0 - sum(now.values()) / sum(dense.values())
@@ -593,7 +702,8 @@ class _StageCallback(TrainerCallback):
 
     def _takes_rewind_point(self, args):
         stage = self.trainer._stage
-        return stage is not None and stage.round == 0 and args.method == "refill" and args.rewind == "step"
+        takes = args.method != "scratch" and args.rewinds_to == "step"  # dense: for runs that take it over
+        return takes and stage is not None and stage.round == 0
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         # Said here too because accelerate does not reach a sampler that is wrapped twice (processes, skipped batches).
@@ -612,12 +722,23 @@ class _StageCallback(TrainerCallback):
 
 def _check_prunable(model, args: RSSTConfig, pruning: PruningConfig) -> None:
     """What would fail at the first cut, hours later, fails now: a target that is not there, a budget out of reach."""
+    if args.round_rate is not None:
+        removed = 1.0 - (1.0 - args.round_rate) ** args.num_rounds
+        if isinstance(pruning.sparsity, dict) or abs(pruning.sparsity - removed) > 1e-3:
+            raise ValueError(
+                f"`round_rate` {args.round_rate} removes {removed:.4f} in {args.num_rounds} rounds, but the pruning "
+                f"config's `sparsity` is {pruning.sparsity}: give it that number."
+            )
+    if args.method == "unstructured":
+        check_weight_pruning(pruning)
+        find_groups(model, pruning.targets)
+        return
     one_width = not hasattr(model.config, "set_widths")
     if one_width and (pruning.scope == "global" or pruning.allocation == "weights"):
         raise ValueError(f"{type(model).__name__} holds one width for all layers; prune it with scope='layer'.")
     select_channels(model, dataclasses.replace(pruning, importance="magnitude_l2"))
     scored = [v.parameter for g in find_groups(model, pruning.targets) for v in g.scored_views()]
-    if args.method == "rsst" and args.penalty == "growing_l2":
+    if (args.method == "rsst" and args.penalty == "growing_l2") or args.spread_epochs > 0:
         for parameter in scored:
             if parameter.dtype not in (torch.float32, torch.float64):
                 raise ValueError(

@@ -16,11 +16,16 @@ def tokens(count=2, length=23, seed=3):
     return torch.randint(1, 53, (count, length), generator=torch.Generator().manual_seed(seed))
 
 
+def returned_cache(out):
+    """What generate() returns the cache as: since transformers 5.24 `cache`, before `past_key_values`."""
+    return out["cache" if "cache" in out else "past_key_values"]
+
+
 def in_pieces(model, ids, lengths, **inputs):
     """The logits of one sequence given in calls of these lengths."""
     cache, parts = DynamicCache(config=model.config), []
     for piece in ids.split(lengths, dim=1):
-        parts.append(model(piece, cache_params=cache, **inputs).logits)
+        parts.append(model(piece, cache=cache, **inputs).logits)
     return torch.cat(parts, dim=1), cache
 
 
@@ -37,7 +42,7 @@ def test_pieces_equal_one_pass(kind, lengths, grad):
         expected = model(ids, use_cache=False).logits
         logits, cache = in_pieces(model, ids, lengths)
     torch.testing.assert_close(logits, expected, **CLOSE)
-    whole = model(ids).cache_params
+    whole = model(ids).cache
     for layer, other in zip(cache.layers, whole.layers):
         torch.testing.assert_close(layer.recurrent_states[0], other.recurrent_states[0].detach(), **CLOSE)
         torch.testing.assert_close(layer.conv_states[0], other.conv_states[0].detach(), **CLOSE)
@@ -58,14 +63,12 @@ def test_gradients_stop_at_the_cache():
     """The last chunk has the gradients it would have with the earlier ones taken as given."""
     model, ids = make("lm"), tokens()
     _, cache = in_pieces(model, ids[:, :15], [8, 7])
-    loss = model(ids[:, 15:], cache_params=cache, labels=ids[:, 15:]).loss
+    loss = model(ids[:, 15:], cache=cache, labels=ids[:, 15:]).loss
     grads = torch.autograd.grad(loss, list(model.parameters()))
     assert all(torch.isfinite(g).all() for g in grads)
     with torch.no_grad():
         _, cache = in_pieces(model, ids[:, :15], [15])
-    again = torch.autograd.grad(
-        model(ids[:, 15:], cache_params=cache, labels=ids[:, 15:]).loss, list(model.parameters())
-    )
+    again = torch.autograd.grad(model(ids[:, 15:], cache=cache, labels=ids[:, 15:]).loss, list(model.parameters()))
     for a, b in zip(grads, again):
         torch.testing.assert_close(a, b, **CLOSE)
 
@@ -82,14 +85,14 @@ def test_left_padding_equals_none(kind, use_bias):
     chunked, cache = [], DynamicCache(config=model.config)
     for start, end in ((0, 4), (4, 11), (11, 12)):  # the mask of all tokens so far, or of these alone
         given = mask[:, :end] if start == 4 else mask[:, start:end]
-        chunked.append(model(padded[:, start:end], attention_mask=given, cache_params=cache).logits)
+        chunked.append(model(padded[:, start:end], attention_mask=given, cache=cache).logits)
     chunked = torch.cat(chunked, dim=1)
-    following = model(ids[:, :1], cache_params=batch.cache_params).logits
+    following = model(ids[:, :1], cache=batch.cache).logits
     for row, n in enumerate(lengths):
         alone = model(ids[row : row + 1, 12 - n :])
         torch.testing.assert_close(batch.logits[row, 12 - n :], alone.logits[0], **CLOSE)
         torch.testing.assert_close(chunked[row, 12 - n :], alone.logits[0], **CLOSE)
-        next_alone = model(ids[row : row + 1, :1], cache_params=alone.cache_params)
+        next_alone = model(ids[row : row + 1, :1], cache=alone.cache)
         torch.testing.assert_close(following[row], next_alone.logits[0], **CLOSE)
 
 
@@ -144,7 +147,7 @@ def test_a_cut_model_generates_with_its_own_states(kind):
     shrink_(model, random_masks(layer_groups(model), seed=4))
     assert len({mixer.d_inner for mixer in mixers(model)}) == 3
     ids = tokens()
-    cache = model(ids).cache_params
+    cache = model(ids).cache
     for layer, mixer in zip(cache.layers, mixers(model)):
         assert layer.recurrent_states[0].shape == (2, mixer.d_inner, mixer.d_state)
         assert layer.conv_states[0].shape == (2, mixer.d_inner, 3)
@@ -156,7 +159,7 @@ def test_going_on_from_a_returned_cache():
     model, ids = make("lm"), tokens()
     out = model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None, return_dict_in_generate=True)
     with torch.no_grad():
-        logits = model(out.sequences[:, -1:], cache_params=out.past_key_values).logits
+        logits = model(out.sequences[:, -1:], cache=returned_cache(out)).logits
         expected = model(out.sequences).logits[:, -1:]
     torch.testing.assert_close(logits, expected, **CLOSE)
 
@@ -165,12 +168,12 @@ def test_going_on_from_a_returned_cache():
 def test_states_stay_where_they_are():
     """A captured step writes to the addresses that it was captured with; only these may change."""
     model, ids = make("lm"), tokens()
-    cache = model(ids[:, :5]).cache_params
+    cache = model(ids[:, :5]).cache
     states = [x for layer in cache.layers for x in (layer.conv_states[0], layer.recurrent_states[0])]
     before = [x.data_ptr() for x in states]
     for t in range(5, 9):
-        model(ids[:, t : t + 1], cache_params=cache)
-    model(ids[:, 9:], cache_params=cache)
+        model(ids[:, t : t + 1], cache=cache)
+    model(ids[:, 9:], cache=cache)
     after = [x for layer in cache.layers for x in (layer.conv_states[0], layer.recurrent_states[0])]
     assert [x.data_ptr() for x in after] == before
 
@@ -179,14 +182,12 @@ def test_states_stay_where_they_are():
 def test_a_step_sees_changed_weights():
     """Nothing derived from a parameter is kept between steps, not even behind autograd's back."""
     model, ids = make("lm"), tokens()
-    cache = model(ids[:, :5]).cache_params
-    model(ids[:, 5:6], cache_params=cache)
+    cache = model(ids[:, :5]).cache
+    model(ids[:, 5:6], cache=cache)
     for mixer in mixers(model):
         mixer.A_log.data.add_(0.5)
-    cache = model(ids[:, :5]).cache_params
-    torch.testing.assert_close(
-        model(ids[:, 5:6], cache_params=cache).logits[:, 0], model(ids[:, :6]).logits[:, -1], **CLOSE
-    )
+    cache = model(ids[:, :5]).cache
+    torch.testing.assert_close(model(ids[:, 5:6], cache=cache).logits[:, 0], model(ids[:, :6]).logits[:, -1], **CLOSE)
 
 
 @torch.no_grad()
@@ -205,7 +206,7 @@ def test_bf16_steps_are_as_near_fp32_as_one_pass(tmp_path):
 def test_fp64_steps_are_fp64():
     model, ids = make("lm_norms", residual_in_fp32=False).double(), tokens()
     cache = DynamicCache(config=model.config)
-    found = [model.backbone(x, cache_params=cache).last_hidden_state for x in ids.split(1, dim=1)]
+    found = [model.backbone(x, cache=cache).last_hidden_state for x in ids.split(1, dim=1)]
     torch.testing.assert_close(torch.cat(found, dim=1), model.backbone(ids).last_hidden_state, atol=1e-12, rtol=1e-12)
     assert cache.layers[0].recurrent_states[0].dtype == torch.float64
 
@@ -215,11 +216,11 @@ def test_fp64_steps_are_fp64():
 def test_a_step_compiles_whole(kind):
     model, ids = make(kind), tokens()
     expected = model(ids).logits
-    cache = model(ids[:, :20]).cache_params
+    cache = model(ids[:, :20]).cache
     torch.compiler.reset()
     step = torch.compile(model, fullgraph=True, backend="aot_eager")
     for t in range(20, 23):
-        logits = step(ids[:, t : t + 1].clone(), cache_params=cache).logits
+        logits = step(ids[:, t : t + 1].clone(), cache=cache).logits
         torch.testing.assert_close(logits[:, 0], expected[:, t], **CLOSE)
 
 
@@ -236,7 +237,7 @@ def test_generate_compiles_by_itself_with_a_static_cache():
         ids, **options, cache_implementation="static", compile_config=compiling, return_dict_in_generate=True
     )
     assert torch.equal(out.sequences, expected)
-    assert type(out.past_key_values) is StaticCache
+    assert type(returned_cache(out)) is StaticCache
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "one graph for all steps"
 
 
@@ -247,7 +248,7 @@ def test_an_assistant_may_record_its_past():
         expected = model(ids).logits
         cache = DynamicCache(config=model.config)
         cache.activate_past_recording()
-        parts = [model(x, cache_params=cache).logits for x in ids.split([9, 1, 1, 12], dim=1)]
+        parts = [model(x, cache=cache).logits for x in ids.split([9, 1, 1, 12], dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, **CLOSE)
     assert cache.layers[0].conv_states[0].shape[-1] == 23
 

@@ -91,7 +91,7 @@ def test_gradient_checkpointing_changes_nothing(kind):
     plain = torch.autograd.grad(model(**batch).loss, list(model.parameters()))
     model.gradient_checkpointing_enable()
     out = model(**batch, use_cache=True)
-    assert out.cache_params is None
+    assert out.cache is None
     for a, b in zip(torch.autograd.grad(out.loss, list(model.parameters())), plain):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 

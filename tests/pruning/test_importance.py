@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -6,6 +7,7 @@ from tiny import BIDIRECTIONAL, KINDS, MIXER_TARGETS, PAIRS, batch_of, make, mix
 
 from mamba_rsst import PruningConfig, find_groups, prune_, register_importance, select_channels
 from mamba_rsst.pruning.importance import IMPORTANCE, NEEDS_DATA, Calibration, score_channels
+from mamba_rsst.pruning.prune import score_groups
 
 
 R, N, E = 5, 7, 46
@@ -443,3 +445,67 @@ def test_scores_of_the_whole_model(kind, importance):
     else:
         _, scores = scores_of(model, importance, ["num_hidden_layers"], batches_of(model, 1))
         assert scores["model:num_hidden_layers"].std() > 0
+
+
+# ---- Refill's criteria ----
+@pytest.mark.parametrize("target", ["d_inner", "intermediate_size", "d_state"])
+@pytest.mark.parametrize("sparsity", [0.3, 0.8])
+def test_remain_counts_what_one_global_threshold_leaves(target, sparsity):
+    model = make("v2")
+    config = PruningConfig(targets=[target], sparsity=sparsity, round_to=1)
+    groups = find_groups(model, [target])
+    mats = {g.name: channels_of(g.owner, target) for g in groups}
+    values = torch.cat([m.flatten() for ms in mats.values() for m in ms]).abs()
+    threshold = values.sort(descending=True).values[round((1 - sparsity) * len(values)) - 1]
+    for importance, formula in (
+        ("remain", lambda m: (m.abs() >= threshold).sum(1)),
+        ("remain_l1", lambda m: (m.abs() * (m.abs() >= threshold)).sum(1)),
+    ):
+        scores = score_groups(model, dataclasses.replace(config, importance=importance))
+        for g in groups:
+            expected = sum(formula(m) for m in mats[g.name]).float()
+            torch.testing.assert_close(scores[g.name], expected, rtol=1e-5, atol=0)
+
+
+def test_remain_in_a_later_round_counts_by_what_is_left_of_the_dense_model():
+    """Half of the dense channels are to stay, and three quarters are left: the mask keeps 2/3 of their weights."""
+    model = make("v2")
+    dense = {g.name: g.size for g in find_groups(model, ["intermediate_size"])}
+    prune_(model, PruningConfig(targets=["intermediate_size"], sparsity=0.25, round_to=1, scope="layer"))
+    config = PruningConfig(targets=["intermediate_size"], sparsity=0.5, importance="remain", round_to=1)
+    groups = find_groups(model, config.targets)
+    kept = sum(float(s.sum()) for s in score_groups(model, config, dense=dense).values())
+    weights = sum(m.numel() for g in groups for m in channels_of(g.owner, "intermediate_size"))
+    share = sum(dense.values()) * 0.5 / sum(g.size for g in groups)
+    assert kept / weights == pytest.approx(share, abs=1e-3) and share < 0.7
+
+
+@pytest.mark.parametrize("kind", ["none", "v2"])
+@pytest.mark.parametrize("target", ["d_inner", "intermediate_size"])
+def test_saliency(kind, target):
+    """|sum over positions of a dL/da| a sample, by gates of one on the activations: dL/dgate is that sum."""
+    model = make(kind)
+    batches = batches_of(model)
+    groups, scores = scores_of(model, "saliency", [target], batches)
+    for group in groups:
+        last = group.owner.out_proj if target == "d_inner" else group.owner.fc2
+        expected = torch.zeros(group.size)
+        for batch in batches:
+            gate = torch.ones(len(batch["labels"]), 1, group.size, requires_grad=True)
+            handle = last.register_forward_pre_hook(lambda module, args, gate=gate: (args[0] * gate,))
+            model(**batch).loss.backward()
+            handle.remove()
+            expected += gate.grad[:, 0].abs().sum(0)
+        torch.testing.assert_close(scores[group.name], expected, rtol=1e-4, atol=1e-6 * expected.max().item())
+    model.zero_grad()
+
+
+def test_saliency_without_what_it_needs():
+    model = make("v2")
+    batch = batch_of(model)
+    with pytest.raises(ValueError, match="'saliency' needs a loss"):
+        scores_of(model, "saliency", ["d_inner"], [{"pixel_values": batch["pixel_values"]}])
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(ValueError, match="'saliency' needs gradients"):
+        scores_of(model, "saliency", ["d_inner"], [batch])

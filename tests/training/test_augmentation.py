@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mamba_rsst.training import image_ops
+from mamba_rsst.training import augmentation, image_ops
 from mamba_rsst.training.augmentation import AugmentationConfig, BatchAugmentation, beta_quantile, uniforms
 
 
@@ -178,17 +178,18 @@ def test_crop_is_a_window_of_the_padded_image(padding):
 
 def test_randaugment_takes_every_operation(monkeypatch):
     seen = {}
-    for name, operation in image_ops.PIXEL_OPS.items():
 
-        def counting(images, strength, name=name, operation=operation):
-            seen.setdefault(name, []).extend(strength.flatten().tolist())
-            return operation(images, strength)
+    def parameters(op, strength):
+        for i, value in zip(op.flatten().tolist(), strength.flatten().tolist()):
+            if i < len(image_ops.OPS):
+                seen.setdefault(image_ops.OPS[i], []).append(value)
+        return image_ops.pixel_parameters(op, strength)
 
-        monkeypatch.setitem(image_ops.PIXEL_OPS, name, counting)
+    monkeypatch.setattr(augmentation, "pixel_parameters", parameters)
     images = random_images(3000)
     config = OFF | {"randaugment_ops": 1, "randaugment_magnitude": 6.0, "randaugment_std": 0.5}
     pixels, _ = run(config, images)
-    assert set(seen) == set(image_ops.PIXEL_OPS)
+    assert set(seen) == set(image_ops.OPS)
     for name, strengths in seen.items():
         assert 60 < len(strengths) < 145, name  # 3000 * 0.5 / 15 = 100
     strengths = torch.tensor([value for values in seen.values() for value in values])
@@ -313,6 +314,26 @@ def test_no_mixing_needs_no_partners(mixing):
         images, torch.tensor([0, 1, 2]), None, None, uniforms(0, 0, torch.arange(3), augment.draws), K
     )
     assert (targets.argmax(1) == torch.tensor([0, 1, 2])).all()
+
+
+@pytest.mark.parametrize(
+    ("off", "draws"),
+    [
+        ({}, 2 * 17 + 5),
+        ({"mixup": 0.0, "cutmix": 0.0}, 17),
+        ({"mixup": 0.0, "cutmix": 0.0, "erasing": 0.0}, 11),
+        ({"mixup": 0.0, "cutmix": 0.0, "erasing": 0.0, "randaugment_ops": 0}, 3),
+    ],
+)
+def test_what_is_off_draws_no_numbers_and_moves_no_others(off, draws):
+    augment = BatchAugmentation(AugmentationConfig(**off))
+    assert augment.draws == draws
+    images, labels, index = random_images(40), torch.arange(40) % K, torch.arange(40)
+    few, many = (
+        augment(images, labels, images.flip(0), labels.flip(0), uniforms(0, 0, index, count), K)
+        for count in (draws, 2 * 17 + 5)
+    )
+    assert torch.equal(few[0], many[0]) and torch.equal(few[1], many[1])
 
 
 @pytest.mark.parametrize(("C", "H", "W"), [(3, 32, 32), (1, 8, 8), (3, 17, 5), (3, 1, 3), (1, 2, 2)])

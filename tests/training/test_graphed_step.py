@@ -154,7 +154,7 @@ def test_cuda_graphs_are_refused_where_they_cannot_run(tmp_path):
         RSSTTrainer(model=make("none"), args=args)
 
 
-@pytest.mark.parametrize("name", ["gradient_checkpointing", "logging_nan_inf_filter"])
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing", "logging_nan_inf_filter"])
 def test_cuda_graphs_name_what_they_do_not_go_with(name):
     with pytest.raises(ValueError, match=f"`cuda_graphs` does not go with `{name}`"):
         RSSTConfig.check(output_dir="out", cuda_graphs=True, **{name: True})

@@ -13,6 +13,19 @@ def random_images(count, C=3, H=11, W=14, seed=0):
     return (ramp + 20 * torch.randn(count, C, H, W, generator=generator)).clamp(0, 255).to(torch.uint8)
 
 
+def operate(name, images, parameters):
+    """One of PIXEL_OPS on all the images. parameters: a number for each of them."""
+    ends = [len(images) if image_ops.PIXEL_OPS.index(name) <= i else 0 for i in range(len(image_ops.PIXEL_OPS))]
+    parameters = torch.as_tensor(parameters, dtype=torch.float32)[:, None, None, None]
+    (result,) = image_ops.pixel_operations(images, ends, parameters)
+    return result
+
+
+def operate_at(name, images, strength):
+    op = np.full(len(images), image_ops.OPS.index(name), np.uint8)
+    return operate(name, images, image_ops.pixel_parameters(op, np.asarray(strength, np.float32)))
+
+
 def to_pil(image):
     array = image.permute(1, 2, 0).numpy()
     return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
@@ -49,8 +62,7 @@ def test_pixel_operation_equals_pil(name, C, H, W):
     images[2] = images[2] // 9 + 100  # low contrast
     images[3, 0] = 255
     for parameter in parameters or [None]:
-        arguments = [] if parameter is None else [torch.full((6, 1, 1, 1), float(parameter))]
-        result = getattr(image_ops, name)(images, *arguments)
+        result = operate(name, images, [parameter or 0.0] * 6)
         expected = torch.stack([from_pil(reference(to_pil(image), parameter)) for image in images])
         if name == "autocontrast":  # PIL's float product can fall a hair short of the whole number, ours is exact
             assert (result != expected).float().mean() <= 0.02
@@ -61,9 +73,9 @@ def test_pixel_operation_equals_pil(name, C, H, W):
 
 def test_pixel_operations_do_something():
     images = random_images(4, H=32, W=32)
-    for name, operation in image_ops.PIXEL_OPS.items():
+    for name in image_ops.PIXEL_OPS:
         for strength in (-0.9, 0.9):
-            changed = operation(images, torch.full((4, 1, 1, 1), strength)) != images
+            changed = operate_at(name, images, [strength] * 4) != images
             assert changed.float().mean() > 0.15, (name, strength)
 
 
@@ -82,16 +94,28 @@ def test_pixel_operations_do_something():
 )
 def test_strength_is_timms(name, strength, same_as):
     images = random_images(3)
-    result = image_ops.PIXEL_OPS[name](images, torch.full((3, 1, 1, 1), strength))
+    result = operate_at(name, images, [strength] * 3)
     assert torch.equal(result, torch.stack([from_pil(same_as(to_pil(image))) for image in images]))
 
 
 def test_operations_take_one_parameter_per_image():
     images = random_images(2)
-    strength = torch.tensor([-0.9, 0.6])[:, None, None, None]
-    for name, operation in image_ops.PIXEL_OPS.items():
-        single = torch.cat([operation(images[i : i + 1], strength[i : i + 1]) for i in range(2)])
-        assert torch.equal(operation(images, strength), single), name
+    strength = [-0.9, 0.6]
+    for name in image_ops.PIXEL_OPS:
+        single = torch.cat([operate_at(name, images[i : i + 1], strength[i : i + 1]) for i in range(2)])
+        assert torch.equal(operate_at(name, images, strength), single), name
+
+
+@pytest.mark.parametrize(
+    "counts", [[1] * 10, [0, 2, 0, 0, 1, 0, 3, 0, 0, 1], [2, 0, 1, 0, 0, 0, 0, 0, 0, 0], [0] * 10]
+)
+def test_operations_side_by_side_are_those_of_each_alone(counts):
+    op = np.repeat(np.arange(10, dtype=np.uint8), counts)
+    images, strength = random_images(len(op)), np.linspace(-1, 1, len(op), dtype=np.float32)
+    parameters = torch.from_numpy(image_ops.pixel_parameters(op, strength))[:, None, None, None]
+    parts = image_ops.pixel_operations(images, np.cumsum(counts).tolist(), parameters)
+    alone = [operate_at(image_ops.OPS[i], images[k : k + 1], strength[k : k + 1]) for k, i in enumerate(op)]
+    assert len(alone) == 0 if not parts else torch.equal(torch.cat(parts), torch.cat(alone))
 
 
 def pil_affine(image, name, strength):
@@ -113,7 +137,8 @@ def test_geometric_operation_equals_pil(name, strength):
     H, W = 32, 28
     ramp = torch.arange(H)[:, None] * 4.0 + torch.arange(W) * 3 + torch.tensor([10, 30, 45])[:, None, None]
     image = ramp.to(torch.uint8)[None]
-    matrix = image_ops.affine_matrices([name], torch.tensor([strength], dtype=torch.float64), H, W)
+    kind = torch.tensor([image_ops.GEOMETRIC_OPS.index(name)])
+    matrix = image_ops.affine_matrices(kind, torch.tensor([strength], dtype=torch.float64), H, W)
     result = image_ops.affine(image, matrix.float())[0]
     expected = from_pil(pil_affine(to_pil(image[0]), name, strength))
     # Where the input lies at least a pixel inside the image, so that no border is involved; PIL truncates, we round.
@@ -129,11 +154,35 @@ def test_geometric_operation_equals_pil(name, strength):
 
 def test_matrices_of_mixed_operations_are_those_of_single_ones():
     strength = torch.tensor([0.3, -0.5, 0.7, -0.9, 1.0], dtype=torch.float64)
-    single = [image_ops.affine_matrices([n], s[None], 9, 13) for n, s in zip(image_ops.GEOMETRIC_OPS, strength)]
-    assert torch.equal(image_ops.affine_matrices(image_ops.GEOMETRIC_OPS, strength, 9, 13), torch.cat(single))
+    kinds = torch.arange(5, dtype=torch.uint8)
+    single = [image_ops.affine_matrices(kinds[i : i + 1], strength[i : i + 1], 9, 13) for i in range(5)]
+    assert torch.equal(image_ops.affine_matrices(kinds, strength, 9, 13), torch.cat(single))
 
 
 @pytest.mark.parametrize(("C", "H", "W"), [(3, 8, 8), (1, 17, 5)])
 def test_identity_matrix_changes_nothing(C, H, W):
     images = random_images(2, C, H, W)
     assert torch.equal(image_ops.affine(images, torch.eye(2, 3).expand(2, 2, 3)), images)
+
+
+# ---- to the device ----
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")]),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_arrays_arrive_together_as_they_were(device):
+    """Odd sizes, none at all, slices, and every type that decisions have."""
+    arrays = {
+        "odd": np.arange(7, dtype=np.uint8),
+        "none": np.zeros((0, 2, 3), np.float32),
+        "whole": np.arange(-6, 6).reshape(3, 4),
+        "columns": np.linspace(0, 1, 30, dtype=np.float32).reshape(5, 6)[:, 1:4],
+    }
+    sent = image_ops.send_all(arrays, torch.device(device))
+    assert sent.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert sent[name].device.type == device and sent[name].dtype == torch.from_numpy(array).dtype
+        assert np.array_equal(sent[name].cpu().numpy(), array), name

@@ -99,17 +99,21 @@ class Killed(BaseException):
 METHODS = {
     "rsst": dict(distillation_weight=0.3, weight_decay=0.05),
     "refill": dict(method="refill", num_rounds=2, rewind="step", rewind_step=2),
+    "average": dict(ema_decay=0.8, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True),
     "lasso": dict(penalty="group_lasso", schedule="linear", gradient_accumulation_steps=2),
+    "unstructured": dict(method="unstructured", rewind="step", rewind_step=2, num_rounds=2),
+    "spread": dict(method="prune", spread_epochs=2),
 }
 PRUNING = dict(targets=["d_inner", "intermediate_size"], sparsity=0.6, round_to=1, importance="taylor")
 
 
 def trainer_of(folder, method="rsst", seed=0, **arguments):
-    arguments = {**METHODS[method], "num_train_epochs": 2, "eval_strategy": "epoch", **arguments}
+    arguments = {"num_train_epochs": 2, "eval_strategy": "epoch", **METHODS[method], **arguments}
     augmentation = BatchAugmentation(AugmentationConfig(**AUGMENTATION))
     model = make_model(seed, drop_path_rate=0.1)
     arguments = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 1, **arguments}
-    return make_trainer(folder, model=model, augmentation=augmentation, pruning=PRUNING, **arguments)
+    pruning = {**PRUNING, "importance": "magnitude_l1"} if method == "unstructured" else PRUNING
+    return make_trainer(folder, model=model, augmentation=augmentation, pruning=pruning, **arguments)
 
 
 @pytest.fixture(scope="module")
@@ -223,8 +227,15 @@ def test_around_the_stages(tmp_path, monkeypatch, whole, method, point):
         ("refill", 0, 3, 2),
         ("refill", 2, 4, 3),
         ("refill", 4, 6, 2),
+        ("average", 0, 3, 2),  # averages begin again
+        ("average", 0, 4, 2),  # averages are read back
+        ("average", 1, 4, 2),  # nothing is averaged while channels are decayed
+        ("average", 2, 6, 2),
         ("lasso", 1, 2, 1),
         ("lasso", 1, 4, 2),
+        ("unstructured", 2, 3, 2),
+        ("unstructured", 4, 4, 3),
+        ("spread", 1, 3, 2),
     ],
 )
 def test_within_a_stage(tmp_path, monkeypatch, whole, method, stage, step, save_steps):

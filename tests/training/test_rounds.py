@@ -12,7 +12,6 @@ from mamba_rsst.training.rounds import (
     load_masks,
     plan_stages,
     remove_checkpoints,
-    round_sparsity,
     save_masks,
 )
 
@@ -23,7 +22,8 @@ def plan(tmp_path, **arguments):
 
 
 def short(stage):
-    events = [event for event in ("select", "decay", "cut", "rewind") if getattr(stage, event)]
+    events = ("select", "decay", "spread", "cut", "rewind", "masked")
+    events = [event for event in events if getattr(stage, event)]
     return stage.name, stage.epochs, stage.learning_rate, stage.round, " ".join(events)
 
 
@@ -49,6 +49,24 @@ TRAIN = ("train", 4.0, 0.1, 0, "")
         (
             dict(method="rsst", num_train_epochs=0, rsst_epochs=2, recovery_learning_rate=0),
             [("train", 0, 0.1, 0, ""), ("rsst-1", 2, 0.1, 1, "select decay cut")],
+        ),
+        (
+            dict(method="prune", num_rounds=2, recovery_epochs=1),
+            [
+                TRAIN,
+                ("prune-1", 0, 0.1, 1, "select cut"),
+                ("recover-1", 1, 0.1, 1, ""),
+                ("prune-2", 0, 0.1, 2, "select cut"),
+                ("recover-2", 1, 0.1, 2, ""),
+            ],
+        ),
+        (
+            dict(method="unstructured", rewind="initial"),
+            [TRAIN, ("mask-1", 0, 0.1, 1, "select cut rewind"), ("recover-1", 4, 0.1, 1, "masked")],
+        ),
+        (
+            dict(method="rsst", spread_epochs=2, rsst_learning_rate=0.2, recovery_epochs=0),
+            [TRAIN, ("spread-1", 2, 0.2, 1, "decay spread"), ("rsst-1", 4, 0.2, 1, "select decay cut")],
         ),
         (
             dict(method="refill", recovery_learning_rate=0.3),
@@ -80,15 +98,19 @@ def test_a_decaying_stage_without_length_is_an_error(tmp_path):
         plan(tmp_path, num_train_epochs=0)
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.7, 0.99])
-@pytest.mark.parametrize("rounds", [1, 2, 5])
-def test_round_sparsity_is_cumulative_and_ends_at_the_target(sparsity, rounds):
-    reached = [round_sparsity(sparsity, i, rounds) for i in range(1, rounds + 1)]
-    assert reached[-1] == pytest.approx(sparsity)
-    density = 1.0
-    for value in reached:  # each round keeps the same share of what the one before it left
-        density *= (1 - sparsity) ** (1 / rounds)
-        assert 1 - value == pytest.approx(density)
+RAMPS = {
+    "geometric": {1: [0.875], 3: [0.5, 0.75, 0.875]},  # each round keeps half of what the one before it left
+    "linear": {1: [0.875], 5: [0.175, 0.35, 0.525, 0.7, 0.875]},
+    "cubic": {1: [0.875], 4: [0.505859375, 0.765625, 0.861328125, 0.875]},  # 0.875 (1 - (1 - i/4)^3)
+}
+
+
+@pytest.mark.parametrize("ramp, rounds", [(ramp, rounds) for ramp, cases in RAMPS.items() for rounds in cases])
+def test_the_sparsity_of_the_rounds_is_cumulative_and_ends_at_the_target(tmp_path, ramp, rounds):
+    with warnings.catch_warnings(action="ignore"):
+        args = RSSTConfig(output_dir=str(tmp_path), use_cpu=True, ramp=ramp, num_rounds=rounds)
+    reached = [args.sparsity_after(0.875, i) for i in range(1, rounds + 1)]
+    assert reached == pytest.approx(RAMPS[ramp][rounds])
 
 
 # ---- the folder ----
@@ -158,7 +180,7 @@ def test_masks_come_back_as_they_were(tmp_path):
 def checkpoint(folder, step, state="{}", random_numbers=("rng_state.pth",)):
     path = folder / f"checkpoint-{step}"
     path.mkdir()
-    for name in random_numbers:
+    for name in ("optimizer.pt", *random_numbers):
         (path / name).touch()
     if state is not None:
         (path / "trainer_state.json").write_text(state)

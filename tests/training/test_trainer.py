@@ -20,7 +20,9 @@ from tiny_runs import (
 from transformers import TrainerCallback, TrainingArguments
 
 from mamba_rsst import MambaForImageClassification, PruningConfig, RSSTTrainer, select_channels
+from mamba_rsst.pruning.prune import score_groups
 from mamba_rsst.training.augmentation import AugmentationConfig, BatchAugmentation
+from mamba_rsst.training.rounds import load_masks
 
 
 class NoGradient(RSSTTrainer):
@@ -524,3 +526,82 @@ def test_dense_training_needs_no_pruning_and_cuts_nothing(tmp_path):
     trainer, _ = run(tmp_path, method="dense", pruning=None)
     assert trainer.model.config.d_inner == 32 and list(trainer.run_state.metrics) == ["train"]
     assert "channel_sparsity" not in trainer.run_state.history[0]
+
+
+# ---- at once, gradually, and by single weights ----
+def test_prune_cuts_at_once_and_keeps_the_survivors_weights(tmp_path):
+    trainer, _ = run(tmp_path, method="prune", recovery_epochs=0)
+    trained, masks = load_stage(tmp_path, "train").state_dict(), load_masks_of(tmp_path, "prune-1")
+    assert_same_state(trainer.model.state_dict(), cut(trained, masks))
+
+
+def test_gradual_pruning_follows_the_ramp(tmp_path):
+    pruning = {**PRUNING, "sparsity": 0.75}
+    trainer, _ = run(tmp_path, method="prune", num_rounds=3, ramp="linear", pruning=pruning)
+    widths = [load_stage(tmp_path, f"prune-{r}").config.widths("d_inner") for r in (1, 2, 3)]
+    assert [sum(w) for w in widths] == [48, 32, 16]  # of 2 x 32
+
+
+def test_a_rate_a_round_must_come_to_the_sparsity(tmp_path):
+    run(tmp_path / "right", method="prune", num_rounds=2, round_rate=0.5, pruning={**PRUNING, "sparsity": 0.75})
+    assert sum(load_stage(tmp_path / "right", "prune-1").config.widths("d_inner")) == 32
+    with pytest.raises(ValueError, match=r"`round_rate` 0.5 removes 0.7500 in 2 rounds, .* 0.5: give it that number"):
+        make_trainer(tmp_path / "wrong", method="prune", num_rounds=2, round_rate=0.5)
+    assert not (tmp_path / "wrong").exists()
+
+
+@pytest.mark.parametrize("rewind", ["none", "initial", "step"])
+def test_masked_weights_stay_zero_while_the_others_train(tmp_path, rewind):
+    arguments = dict(rewind_step=2) if rewind == "step" else {}
+    trainer, spy = run(tmp_path, method="unstructured", num_rounds=2, rewind=rewind, weight_decay=0.1, **arguments)
+    initial = load_stage(tmp_path, "start").state_dict()
+    if rewind == "step":
+        initial = MambaForImageClassification.from_pretrained(
+            next(tmp_path.glob("stages/0-train/rewind"))
+        ).state_dict()
+    for r, trained in ((1, "train"), (2, "recover-1")):
+        masks = load_masks(next(tmp_path.glob(f"stages/*-mask-{r}/masks.safetensors")))
+        reach = torch.cat([mask.flatten() for mask in masks.values()])
+        assert float((~reach).float().mean()) == pytest.approx(1 - 0.5 ** (r / 2), abs=1e-2)
+        before = load_stage(tmp_path, trained).state_dict() if rewind == "none" else initial
+        expected = {name: w * masks[name] if name in masks else w for name, w in before.items()}
+        assert_same_state(load_stage(tmp_path, f"mask-{r}").state_dict(), expected)
+        after = load_stage(tmp_path, f"recover-{r}").state_dict()
+        for name, mask in masks.items():
+            assert not after[name][~mask].any() and not torch.equal(after[name][mask], expected[name][mask]), name
+    assert trainer.model.config.widths("d_inner") == [32, 32]
+    sparsities = [entry["weight_sparsity"] for entry in logs_of(trainer, "recover-2")]
+    assert sparsities == pytest.approx([0.5] * len(sparsities), abs=1e-3)
+
+
+# ---- GReg-2, and what is kept of the scores ----
+def test_a_spreading_stage_decays_every_channel_alike_and_removes_none(tmp_path):
+    arguments = dict(method="prune", num_train_epochs=0, spread_epochs=2, spread_residual=0.3, recovery_epochs=0)
+    trainer, spy = run(tmp_path, cls=NoGradient, **arguments)
+    start, end = load_stage(tmp_path, "start").state_dict(), spy.ends["spread-1"]
+    everything = {
+        (layer, t): torch.zeros(w, dtype=torch.bool)
+        for layer in (0, 1)
+        for t, w in (("d_inner", 32), ("intermediate_size", 24))
+    }
+    assert_same_state(end, scale_leaving(start, everything, 0.3), rtol=1e-4, atol=0)
+    lambdas = [entry["lambda"] for entry in logs_of(trainer, "spread-1")]
+    assert lambdas == pytest.approx([lambdas[-1] * (t + 1) / 6 for t in range(6)])
+    assert sum(trainer.model.config.widths("d_inner")) == 32
+
+
+def test_the_scores_of_a_choice_are_kept_and_those_before_the_cut(tmp_path):
+    pruning = {**PRUNING, "importance": "taylor"}
+    trainer, spy = run(tmp_path, pruning=pruning, rsst_epochs=3)
+    scores = load_masks(next(tmp_path.glob("stages/1-rsst-1/scores.safetensors")))
+    masks = load_masks(next(tmp_path.glob("stages/1-rsst-1/masks.safetensors")))
+    assert sorted(scores) == sorted(f"{when}:{name}" for when in ("before", "after") for name in masks)
+    for name, keep in masks.items():
+        before, after = (scores[f"{when}:{name}"] for when in ("before", "after"))
+        assert after[~keep].mean() < 0.1 * after[keep].mean()  # decayed away: they change nothing any more
+        assert before[~keep].mean() < before[keep].mean()
+    trainer, _ = run(tmp_path / "prune", method="prune")
+    scores = load_masks(next((tmp_path / "prune").glob("stages/1-prune-1/scores.safetensors")))
+    expected = score_groups(load_stage(tmp_path / "prune", "train"), PruningConfig(**PRUNING))
+    assert sorted(scores) == sorted(f"before:{name}" for name in expected)
+    assert all(torch.equal(scores[f"before:{name}"], score) for name, score in expected.items())

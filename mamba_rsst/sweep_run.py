@@ -1,0 +1,206 @@
+"""Making a sweep's runs: one process after the other run, several processes side by side."""
+
+import contextlib
+import gc
+import json
+import os
+import time
+import warnings
+from pathlib import Path
+
+import torch
+
+from . import report, sweep_report
+from .recipe import Recipe, RecipeError
+from .report import RECIPE_FILE, RESULTS_FILE
+from .run import run_recipe
+from .sweep import Run, Sweep, folder_of, network_of, seed_of
+from .tasks import TASKS
+
+
+SWEEP_FILE = "sweep.yaml"
+WAIT_SECONDS = 2.0
+
+
+def run_sweep(sweep: Sweep, resume: bool = False) -> dict:
+    """Make the sweep's runs that are neither finished nor held by another process. Returns the results so far.
+
+    resume: go on with the sweep in its folder; several processes may work on one, each started so. results.json,
+    results.md and the figure are written anew after every run. A run that raises ValueError is noted with its reason,
+    and tried again when the sweep is resumed.
+    Raises ValueError, before anything is written, for a folder that holds another sweep or anything else.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(
+            "Each run of a sweep takes one process; for several GPUs start the sweep again with --resume for each."
+        )
+    _check_settings(sweep)
+    _claim(sweep, resume)
+    worker, todo = _Worker(sweep), sweep.runs
+    while todo:
+        outcomes = [worker.attempt(run) for run in todo]
+        todo = [run for run, outcome in zip(todo, outcomes) if outcome == "waits"]
+        if todo and "done" not in outcomes:
+            time.sleep(WAIT_SECONDS)
+    return gather(sweep)
+
+
+def _check_settings(sweep: Sweep) -> None:
+    """What this machine cannot follow is an error before the first run."""
+    for run in sweep.runs:
+        with warnings.catch_warnings(action="ignore"):  # the run itself will warn
+            try:
+                run.recipe.training_arguments()
+            except ValueError as error:
+                raise RecipeError(f"The run {run.title!r}: {error}") from error
+
+
+def _claim(sweep: Sweep, resume: bool) -> None:
+    folder, saved = sweep.output_dir, sweep.output_dir / SWEEP_FILE
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"`output_dir` {str(folder)!r} is a file.")
+    if resume:
+        if not saved.is_file():
+            raise ValueError(f"{str(folder)!r} holds no sweep to resume.")
+        if saved.read_text(encoding="utf-8") != sweep.to_yaml():
+            raise ValueError(f"{str(folder)!r} was started from another sweep; its own is {str(saved)!r}.")
+        return
+    if saved.is_file():
+        raise ValueError(f"{str(folder)!r} already holds a sweep: go on with --resume, or choose another output_dir.")
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{str(folder)!r} is not empty; choose another output_dir.")
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = folder / f".{SWEEP_FILE}.{os.getpid()}"
+    beside.write_text(sweep.to_yaml(), encoding="utf-8")
+    try:
+        os.link(beside, saved)  # whole, and by one of several processes that start at once
+    except FileExistsError:
+        raise ValueError(f"{str(folder)!r} has just been taken by another process; join it with --resume.") from None
+    finally:
+        beside.unlink()
+
+
+@contextlib.contextmanager
+def _lock(path: Path, wait: bool = False):
+    """Yields whether this process has the file's lock, or waits for it; the system ends it with the process."""
+    import fcntl  # not on Windows
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def _lock_file(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
+
+
+def _failure_file(folder: Path) -> Path:
+    """Beside a run's folder: why it failed."""
+    return folder.with_name(f".{folder.name}.failed")
+
+
+def _finished(folder: Path) -> bool:
+    return (folder / RESULTS_FILE).is_file()
+
+
+class _Worker:
+    """One process's work on a sweep. Keeps the data that were loaded last, and the first stages that failed here."""
+
+    def __init__(self, sweep: Sweep):
+        self.sweep = sweep
+        self._data = (None, None)
+        self._failed: dict[Path, str] = {}
+
+    def attempt(self, run: Run) -> str:
+        """ "done", now or before, well or badly; "held" by another process; "waits" for another's first stage."""
+        with _lock(_lock_file(run.folder)) as mine:
+            if not mine:
+                return "held"
+            if _finished(run.folder):
+                return "done"
+            try:
+                if not self._make_first_stage(run.first_stage):
+                    return "waits"
+                self._say(f"Run {self.sweep.runs.index(run) + 1} of {len(self.sweep.runs)}: {run.title}")
+                self._make(run.recipe, run.first_stage and folder_of(run.first_stage))
+                _failure_file(run.folder).unlink(missing_ok=True)
+            except ValueError as error:
+                reason = " ".join(str(error).split())
+                self._say(f"Failed: {reason}")
+                report.write_atomic(_failure_file(run.folder), reason)
+        gather(self.sweep)
+        return "done"
+
+    def _make_first_stage(self, recipe: Recipe | None) -> bool:
+        """Whether it is there; False while another process trains it. Raises ValueError where it has failed."""
+        if recipe is None or _finished(folder := folder_of(recipe)):
+            return True
+        if folder in self._failed:
+            raise ValueError(self._failed[folder])
+        with _lock(_lock_file(folder)) as mine:
+            if not mine:
+                return False
+            if not _finished(folder):
+                self._say(f"First stage of several runs, seed {seed_of(recipe)}")
+                try:
+                    self._make(recipe)
+                except ValueError as error:
+                    self._failed[folder] = f"its first stage: {error}"
+                    raise ValueError(self._failed[folder]) from error
+        return True
+
+    def _make(self, recipe: Recipe, first_stage: Path | None = None) -> None:
+        resume = (folder_of(recipe) / RECIPE_FILE).is_file()
+        run_recipe(recipe, resume=resume, data=self._load(recipe), first_stage=first_stage)
+        gc.collect()  # a trainer's circles of references hold models
+        torch._dynamo.reset()  # the next run's blocks have other widths
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _load(self, recipe: Recipe):
+        """The recipe's data, kept for the next run if it has the same."""
+        task, content = TASKS[recipe.task], recipe.to_dict()
+        wanted = [recipe.task, content["model"], content["data"], seed_of(recipe) if task.seeds_data else None]
+        if self._data[0] != wanted:
+            self._data = (None, None)  # never two of them in memory
+            self._data = (wanted, task.load_data(recipe))
+        return self._data[1]
+
+    def _say(self, text: str) -> None:
+        from rich.console import Console
+
+        Console().rule(text, align="left")
+
+
+def gather(sweep: Sweep) -> dict:
+    """Read what the runs have left so far; write results.json, results.md and figures/sweep.png. Returns the
+    results, see `sweep_report.collect`."""
+    folder = sweep.output_dir
+    with _lock(folder / ".gather.lock", wait=True):
+        runs = []
+        for run in sweep.runs:
+            entry = {**_about(run.recipe), "name": run.name, "point": run.point}
+            if "results" not in entry and _failure_file(run.folder).is_file():
+                entry["failed"] = _failure_file(run.folder).read_text(encoding="utf-8")
+            runs.append(entry)
+        firsts = [about for recipe in sweep.first_stages if "results" in (about := _about(recipe))]
+        results = sweep_report.collect(runs, firsts)
+        report.write_atomic(folder / "results.json", json.dumps(results, indent=1) + "\n")
+        report.write_atomic(folder / "results.md", sweep_report.markdown(results))
+        if any(run["status"] == "finished" for run in results["runs"]):
+            sweep_report.plot(results, folder / "figures" / "sweep.png")
+    return results
+
+
+def _about(recipe: Recipe) -> dict:
+    folder = folder_of(recipe)
+    about = {"folder": folder.name, "seed": seed_of(recipe), "network": network_of(recipe)}
+    about["method"] = recipe.training.get("method", "rsst")
+    if _finished(folder):
+        about["results"] = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
+    return about

@@ -1,0 +1,79 @@
+"""Sharing the first stage: runs that differ only in what follows it need to train it once."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+from .arguments import RSSTConfig
+from .rounds import RunFolder, RunState
+
+
+LATER = frozenset(
+    [
+        *("method", "pruning", "num_rounds", "ramp", "round_rate", "rewind", "rewind_step", "calibration_batches"),
+        *("spread_epochs", "spread_residual", "rsst_epochs", "rsst_learning_rate"),
+        *("recovery_epochs", "recovery_learning_rate", "distillation_weight", "distillation_temperature"),
+        *("penalty", "penalty_scope", "schedule", "schedule_power", "lambda_max", "residual"),
+        *("output_dir", "run_name", "hub_model_id"),
+    ]
+)
+"""Settings that matter only after the first stage, or not for what is learnt at all. All others decide its weights."""
+
+
+def first_stage_settings(training: dict) -> dict:
+    """Those of RSSTConfig's arguments that decide what the first stage ends in, defaults filled in."""
+    known = {f.name: f.default for f in dataclasses.fields(RSSTConfig) if f.default is not dataclasses.MISSING}
+    return {name: value for name, value in {**known, **training}.items() if name not in LATER}
+
+
+def differing_settings(recipe: dict, other: dict) -> list[str]:
+    """Where two recipes (as `Recipe.to_dict` gives them) differ in what the first stage depends on: `section.key`s."""
+    names = [name for name in ("task",) if recipe.get(name) != other.get(name)]
+    for section in ("model", "data", "augmentation", "training"):
+        mine, theirs = (content.get(section) for content in (recipe, other))
+        if section == "training":
+            mine, theirs = first_stage_settings(mine), first_stage_settings(theirs)
+        if mine is None or theirs is None:
+            names += [section] * (mine is not theirs)
+            continue
+        both = sorted(mine.keys() | theirs.keys())
+        names += [f"{section}.{key}" for key in both if mine.get(key) != theirs.get(key)]
+    return names
+
+
+def read_first_stage(path: str | Path, settings: dict) -> RunState:
+    """The state of the run in `path`, for a run of these settings (RunState.settings) to take over as its first stage.
+
+    Raises ValueError unless that is a finished run of method "dense" with the same settings, and with the point that
+    this run rewinds to.
+    """
+    folder = RunFolder(path)
+    if not folder.exists():
+        raise ValueError(f"`first_stage`: {str(path)!r} holds no run.")
+    state = RunState(**json.loads((folder.path / RunFolder.STATE).read_text()))
+    if state.settings.get("method") != "dense" or state.done < 1:
+        raise ValueError(f"`first_stage`: {str(path)!r} must hold a finished run of method='dense'.")
+    for name in sorted((settings.keys() | state.settings.keys()) - LATER):
+        if settings.get(name) != state.settings.get(name):
+            raise ValueError(
+                f"`first_stage`: {str(path)!r} was trained with {name}={state.settings.get(name)!r}, not "
+                f"{settings.get(name)!r}."
+            )
+    point, kept = ([s.get(name) for name in ("rewind", "rewind_step")] for s in (settings, state.settings))
+    if point[0] == "step" and settings["method"] != "dense" and point != kept:
+        raise ValueError(
+            f"`first_stage`: {str(path)!r} did not keep step {point[1]} to rewind to; train it with rewind=step."
+        )
+    return state
+
+
+def copy_first_stage(path: str | Path, target: Path, point: bool) -> None:
+    """The stage's model, and with `point` the weights that it kept to rewind to; whole or not at all."""
+    (source,) = Path(path).glob("stages/0-*")
+    beside = target.with_name(target.name + ".tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    for name in ("model", "rewind") if point else ("model",):
+        shutil.copytree(source / name, beside / name)
+    shutil.rmtree(target, ignore_errors=True)
+    beside.rename(target)
