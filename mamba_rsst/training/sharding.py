@@ -29,6 +29,10 @@ def check_sharding(plugin, model: nn.Module, args: RSSTConfig) -> None:
         )
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
         raise ValueError("FSDP's `cpu_offload` is not supported; use more processes, or `gradient_checkpointing`.")
+    if args.method == "unstructured":
+        raise ValueError("method='unstructured' masks whole weights in every step; under FSDP choose another method.")
+    if args.ema_decay > 0:
+        raise ValueError("`ema_decay` averages whole weights in every step; under FSDP it must be 0.")
     if args.method == "rsst" and args.penalty == "group_lasso":
         raise ValueError("penalty='group_lasso' needs whole weights in its loss; under FSDP choose 'growing_l2'.")
     if args.load_best_model_at_end and plugin.state_dict_type != StateDictType.FULL_STATE_DICT:

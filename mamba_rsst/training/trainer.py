@@ -104,18 +104,12 @@ class RSSTTrainer(Trainer):
             raise ValueError(f"`cuda_graphs` needs one process on one CUDA GPU; this run has {here}.")
         stages = plan_stages(args)
         super().__init__(model=model, args=args, **kwargs)
-        if args.method not in UNPRUNED and self.is_deepspeed_enabled:
-            raise ValueError("Channels cannot be scored and cut in weights that DeepSpeed has sharded; FSDP 2 can be.")
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if args.ema_decay > 0 and sharded:
-            raise ValueError("`ema_decay` averages whole weights, not those that FSDP or DeepSpeed has sharded.")
-        if args.method == "unstructured" and sharded:
-            raise ValueError("method='unstructured' masks whole weights, not those that FSDP has sharded.")
+        if self.is_deepspeed_enabled and (args.method not in UNPRUNED or args.ema_decay > 0):
+            raise ValueError("Weights that DeepSpeed has sharded cannot be scored, cut or averaged; use FSDP 2.")
         self._fsdp = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         if self._fsdp is not None:
             check_sharding(self._fsdp, self.model, args)
-            # its own would round A_log to bf16; see autocast_smart_context_manager
-            self._fsdp.mixed_precision_policy = None
+            self._fsdp.mixed_precision_policy = None  # would round A_log to bf16: autocast_smart_context_manager
             self.is_fsdp_enabled = False  # but while a stage trains: before and after it the model is whole
         self._whole = None  # the whole model, which waits while a stage trains a sharded copy
         self.pruning = pruning

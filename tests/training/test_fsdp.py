@@ -132,6 +132,8 @@ def test_a_language_model_in_shards(tmp_path, dtype):
         (dict(cpu_ram_efficient_loading=True), {}, "cpu_ram_efficient_loading: false"),
         (dict(cpu_offload=True), {}, "cpu_offload"),
         ({}, dict(penalty="group_lasso"), "growing_l2"),
+        ({}, dict(method="unstructured"), "unstructured"),
+        ({}, dict(ema_decay=0.99), "ema_decay"),
         ({}, dict(load_best_model_at_end=True, eval_strategy="epoch", save_strategy="epoch"), "FULL_STATE_DICT"),
     ],
 )
