@@ -250,6 +250,10 @@ class RSSTConfig(TrainingArguments):
         """`rewind` with its default filled in."""
         return self.rewind or ("initial" if self.method == "refill" else "none")
 
+    def scheduler_of(self, decays: bool) -> SchedulerType:
+        """The learning-rate schedule of stages that decay channels, or of the others."""
+        return (self.rsst_lr_scheduler_type if decays else None) or self.lr_scheduler_type
+
     def sparsity_after(self, sparsity: float, round: int) -> float:
         """What of a final `sparsity` is reached after a round, 1..num_rounds; the last one reaches all of it."""
         done = round / self.num_rounds

@@ -5,7 +5,6 @@ import copy
 import dataclasses
 import functools
 import json
-import math
 import shutil
 import time
 from collections.abc import Iterable
@@ -14,7 +13,7 @@ from itertools import islice
 import torch
 from accelerate.utils import AutocastKwargs, DistributedType, broadcast_object_list
 from huggingface_hub import upload_folder
-from transformers import Trainer, TrainerCallback, get_scheduler, set_seed
+from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import TrainOutput
 
 from ..pruning import (
@@ -24,23 +23,22 @@ from ..pruning import (
     apply_weight_masks_,
     choose_weights,
     find_groups,
-    leaving_share,
     select_channels,
     shrink_,
     weight_sparsity,
 )
 from ..pruning.masks import kept_widths
-from ..pruning.penalty import MAX_DECAY, check_amount, decay_, group_lasso, strength_for
 from ..pruning.prune import score_groups
-from ..pruning.schedules import schedule_value
-from ..pruning.weight_masks import check_weight_pruning, check_weight_sparsity
+from ..pruning.weight_masks import check_weight_sparsity
 from .arguments import UNPRUNED, RSSTConfig
 from .averaging import WeightAverage
 from .compiling import compile_blocks_, few_shapes, uncompile_blocks_
 from .data import EpochSampler
 from .distillation import soft_target_loss
 from .first_stage import copy_first_stage, read_first_stage
-from .graphed_step import GraphedStep, capture
+from .graphed_step import GraphedStep
+from .leaving import Leaving
+from .prunable import check_prunable
 from .rounds import (
     NOT_UPLOADED,
     WHOLE,
@@ -95,7 +93,7 @@ class RSSTTrainer(Trainer):
             if pruning is None:
                 raise ValueError(f"method={args.method!r} needs `pruning`, a PruningConfig.")
             if model is not None:
-                _check_prunable(model, args, pruning)
+                check_prunable(model, args, pruning)
         batch, samples = args.train_batch_size * args.world_size, kwargs.get("train_dataset")
         if args.dataloader_drop_last and hasattr(samples, "__len__") and len(samples) < batch:
             raise ValueError(f"`dataloader_drop_last` leaves nothing of {len(samples)} samples in batches of {batch}.")
@@ -120,18 +118,13 @@ class RSSTTrainer(Trainer):
         self.run_state: RunState | None = None
         self.teacher = None
         self._stage: Stage | None = None
-        self._masks: Masks = {}  # of channels; of weights where the method is "unstructured"
-        self._leaving_groups = []
-        self._zeros: Masks = {}  # masks of weights that training must keep at zero
-        self._zeroed: tuple[list, list] | None = None  # those weights, and the factors that put the zeros back
-        self._lambda_max = 0.0
-        self._penalty_weight = torch.zeros((), device=args.device)  # lambda, where a recorded step can read it
+        self._leaving = Leaving(args)
         self._graphed: GraphedStep | None = None
-        self._graphed_decay = None
         self._clock = (time.perf_counter(), 0)
         self._parameter_count: int | None = None
         self._clipped: list | None = None
-        self._check_decay()
+        if hasattr(self.train_dataset, "__len__"):
+            self._leaving.check(stages, len(self.train_dataset))
         self._average = WeightAverage(args.ema_decay)
         self.callback_handler.callbacks.insert(0, self._average)  # others see the average when a stage's training ends
         self.add_callback(_StageCallback(self))
@@ -159,12 +152,9 @@ class RSSTTrainer(Trainer):
             for name in names:
                 setattr(self.args, name, getattr(whole_run, name))
             self._stage = None
-            self._forget_masks()
+            self._leaving.end()
             self._average.stop()
         return output
-
-    def _forget_masks(self) -> None:
-        self._masks, self._leaving_groups, self._zeros, self._zeroed = {}, [], {}, None
 
     def _open_run(self, resume: bool, first_stage=None) -> None:
         folder = self.run_folder
@@ -208,21 +198,20 @@ class RSSTTrainer(Trainer):
         metrics = {}
         started = time.time()
         set_seed(self.args.seed + index)  # each stage draws its own numbers, the same whether resumed or not
-        self._forget_masks()
-        if stage.select:
-            self._use_masks(self._select(stage, folder))
+        masks = self._select(stage, folder) if stage.select else {}
         if stage.spread:
-            self._use_masks({g.name: torch.zeros(g.size, dtype=torch.bool) for g in self._groups()})
+            masks = {g.name: torch.zeros(g.size, dtype=torch.bool) for g in self._groups()}
+        self._leaving.begin(stage, masks, self._groups() if masks else [])
         if stage.masked:
             file = self.run_folder.stage(index - 1, self.stages[index - 1]) / "masks.safetensors"
-            self._zeros = {name: mask.to(self.args.device) for name, mask in load_masks(file).items()}
+            self._leaving.keep_zeros(load_masks(file))
         for part in (self.data_collator, self.train_dataset):  # augmentation; a stream's order
             if hasattr(part, "seed"):  # others in every stage, the same in every resumption
                 part.seed = self.args.seed + 7919 * index
         self.args.output_dir = str(folder)
         self.args.num_train_epochs = stage.epochs
         self.args.learning_rate = stage.learning_rate
-        self.args.lr_scheduler_type = self._scheduler_of(stage, run_args)
+        self.args.lr_scheduler_type = run_args.scheduler_of(stage.decay)
         # The best weights of a stage that decays channels are its first: they would bring the leaving channels back.
         self.args.load_best_model_at_end = run_args.load_best_model_at_end and not stage.decay
         self._load_teacher(stage)
@@ -237,7 +226,7 @@ class RSSTTrainer(Trainer):
                 if self.args.ema_decay > 0 and not stage.decay:
                     self._average.start(self.model, checkpoint)
                 output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
-            self._graphed = self._graphed_decay = None  # and with them the memory of a step's activations
+            self._forget_graphs()
         else:
             self.state.log_history, self.state.epoch = [], 0
         if stage.cut:
@@ -249,10 +238,9 @@ class RSSTTrainer(Trainer):
             metrics["after_cut"] = self._evaluate_quietly()
         if stage.rewind:
             self._rewind(index, folder)
-        if self._zeros:
-            check_weight_sparsity(self.model, self._zeros)
+        check_weight_sparsity(self.model, self._leaving.zeros)
         metrics["end"] = metrics["after_cut"] if stage.cut and not stage.rewind else self._evaluate_quietly()
-        self._forget_masks()
+        self._leaving.end()
         self._save_model_folder(folder / "model")
         state = self.run_state
         state.history += self._with_offsets(self.state.log_history, stage)
@@ -267,15 +255,13 @@ class RSSTTrainer(Trainer):
             remove_checkpoints(folder)
         return output
 
-    def _scheduler_of(self, stage: Stage, args: RSSTConfig):
-        return (args.rsst_lr_scheduler_type if stage.decay else None) or args.lr_scheduler_type
-
     def _compiles(self) -> bool:
         return self.args.compile_blocks and few_shapes(self.model, self.args.compile_shapes)
 
-    def _use_masks(self, masks: Masks) -> None:
-        self._masks = {name: mask.to(self.args.device) for name, mask in masks.items()}  # read in every step
-        self._leaving_groups = [g for g in self._groups() if g.name in self._masks] if self._channels else []
+    def _forget_graphs(self) -> None:
+        """And with them the memory of a step's activations."""
+        self._graphed = None
+        self._leaving.forget_parameters()
 
     @property
     def _channels(self) -> bool:
@@ -330,9 +316,9 @@ class RSSTTrainer(Trainer):
 
     def _remove_(self, model) -> None:
         if self._channels:
-            shrink_(model, self._masks)
+            shrink_(model, self._leaving.masks)
         else:
-            apply_weight_masks_(model, self._masks)
+            apply_weight_masks_(model, self._leaving.masks)
 
     def _rewind(self, index: int, folder) -> None:
         """Set the survivors back to the rewind point, which is cut alike and kept for the next round."""
@@ -348,7 +334,8 @@ class RSSTTrainer(Trainer):
     def _fresh_optimizer(self) -> None:
         """Forget the optimizer, schedule and wrapped model: they may hold parameters from before a cut."""
         self.optimizer = self.lr_scheduler = None
-        self._graphed = self._graphed_decay = self._parameter_count = self._clipped = None
+        self._forget_graphs()
+        self._parameter_count = self._clipped = None
         self._created_lr_scheduler = False
         self.model_wrapped = self.model
         self.accelerator.free_memory()
@@ -370,15 +357,16 @@ class RSSTTrainer(Trainer):
         whole = self._whole = self.model
         self._move_model_to_device(whole, torch.device("cpu"))
         self.model = self.model_wrapped = copy_to_shard(whole)
-        if self._masks:  # the table, bound to the parameters that are trained
-            self._leaving_groups = [g for g in self._groups() if g.name in self._masks]
+        if self._leaving.masks:  # the table, bound to the parameters that are trained
+            self._leaving.bind(self._groups())
         self.is_fsdp_enabled = True
         try:
             yield
             gather_(whole, self.model)
         finally:
             self.is_fsdp_enabled = False
-            self._whole, self._leaving_groups = None, []
+            self._whole = None
+            self._leaving.bind([])
             self.model = self.callback_handler.model = whole
             self.callback_handler.optimizer = self.callback_handler.lr_scheduler = None  # nor do they hold the copy
             self._fresh_optimizer()
@@ -445,8 +433,8 @@ class RSSTTrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Trainer's, replayed as one CUDA graph where `cuda_graphs` asks for it."""
-        if self._decaying("group_lasso"):
-            self._penalty_weight.fill_(self._lambda())
+        if self._leaving.penalty() == "group_lasso":
+            self._leaving.penalty_weight.fill_(self._leaving.weight(self.state.global_step + 1))
         if not self.args.cuda_graphs:
             return super().training_step(model, inputs, num_items_in_batch)
         if self.current_gradient_accumulation_steps != self.args.gradient_accumulation_steps:
@@ -473,7 +461,9 @@ class RSSTTrainer(Trainer):
     def _clip_grad_norm(self, model):
         """Trainer's, without a walk through all modules and a look at the kind of every gradient in each step."""
         plain = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-        if self.accelerator.distributed_type not in plain or self.is_distributed_loading_by_transformers:
+        if self.accelerator.distributed_type not in plain or getattr(
+            self, "is_distributed_loading_by_transformers", False
+        ):
             return super()._clip_grad_norm(model)
         if self._clipped is None:
             self._clipped = list(self.model.parameters())
@@ -507,9 +497,8 @@ class RSSTTrainer(Trainer):
                 weight = self.args.distillation_weight
                 soft = self._distillation(inputs, labels, outputs, num_items_in_batch if whole else None)
                 loss = (1.0 - weight) * loss + weight * soft
-            if self._decaying("group_lasso"):
-                penalty = group_lasso(self._leaving_groups, self._masks, self.args.penalty_scope)
-                loss = loss + share * self._penalty_weight * penalty
+            if self._leaving.penalty() == "group_lasso":
+                loss = loss + share * self._leaving.lasso()
         return (loss, outputs) if return_outputs else loss
 
     def _distillation(self, inputs, labels, outputs, items):
@@ -533,107 +522,6 @@ class RSSTTrainer(Trainer):
             self.teacher = type(self.model).from_pretrained(dense).eval().requires_grad_(False).to(self.args.device)
             self.teacher.config.use_cache = False  # a language model would build one for nothing
 
-    def _decaying(self, penalty: str) -> bool:
-        stage = self._stage
-        return stage is not None and stage.decay and penalty == ("growing_l2" if stage.spread else self.args.penalty)
-
-    def _lambda(self, steps: int | None = None) -> float:
-        """lambda when `steps` of the stage are done; default: when the step under way is."""
-        steps = self.state.global_step + 1 if steps is None else steps
-        u = min(1.0, steps / max(1, self.state.max_steps))
-        return self._lambda_max * self._growth(self._stage)(u)
-
-    def _growth(self, stage: Stage):
-        """f(u) of the stage's penalty; that of all channels rises evenly, as in GReg."""
-        schedule = "linear" if stage.spread else self.args.schedule
-        return functools.partial(schedule_value, schedule, power=self.args.schedule_power)
-
-    def _start_decay(self) -> None:
-        """Fix lambda_max for the stage: as given, or from the learning rates the stage will see."""
-        if not (self._stage and self._stage.decay):
-            return
-        self._lambda_max = self._strength(self._stage, self.lr_scheduler, self.state.max_steps)
-
-    def _solves(self, stage: Stage) -> bool:
-        return stage.spread or self.args.lambda_max is None
-
-    def _strength(self, stage: Stage, scheduler, steps: int) -> float:
-        """lambda_max for a stage of so many steps. Raises ValueError for one that cannot do it, or would overshoot."""
-        args, learning_rate, growth = self.args, stage.learning_rate, self._growth(stage)
-        if args.penalty == "group_lasso" and not stage.spread:
-            return 0.1 if args.lambda_max is None else args.lambda_max
-        lambdas = getattr(scheduler, "lr_lambdas", None)
-        rates = [learning_rate * lambdas[0](t) for t in range(steps)] if lambdas else [learning_rate] * steps
-        if self._solves(stage):
-            try:
-                return strength_for(args.spread_residual if stage.spread else args.residual, rates, growth)
-            except ValueError as error:
-                kind = "spread" if stage.spread else "rsst"
-                raise ValueError(
-                    f"The {kind} stage has {steps} steps at learning rates up to {max(rates):.3g}: {error} Give it a "
-                    f"larger `{kind}_epochs` or learning rate, or less warm-up."
-                ) from error
-        peak = max(rate * args.lambda_max * growth((t + 1) / steps) for t, rate in enumerate(rates))
-        if not peak < 1.0:
-            raise ValueError(f"lr * lambda would reach {peak:.3g}, it must stay below 1; lower `lambda_max`.")
-        return args.lambda_max
-
-    def _check_decay(self) -> None:
-        """Settings under which the penalty cannot work are an error now, not when its stage begins."""
-        if hasattr(self.train_dataset, "__len__"):
-            for stage in {stage.spread: stage for stage in self.stages if stage.decay}.values():
-                self._check_decay_of(stage)
-
-    def _check_decay_of(self, stage: Stage) -> None:
-        args = self.args
-        batches = len(self.train_dataset) / (args.train_batch_size * args.world_size)
-        batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
-        steps = math.ceil(stage.epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
-        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=stage.learning_rate)
-        try:
-            scheduler = get_scheduler(
-                self._scheduler_of(stage, args),
-                optimizer,
-                num_warmup_steps=args.get_warmup_steps(steps),
-                num_training_steps=steps,
-                scheduler_specific_kwargs=args.lr_scheduler_kwargs,
-            )
-        except TypeError as error:
-            kind = self._scheduler_of(stage, args).value
-            raise ValueError(f"`lr_scheduler_kwargs` do not fit {kind!r}: {error}") from error
-        self._strength(stage, scheduler, steps)
-
-    def _decay_step(self) -> None:
-        """After the optimizer's step: w <- w (1 - lr lambda) on the leaving channels; masked weights back to zero."""
-        if self._zeros:
-            self._put_zeros_back()
-        if self._decaying("growing_l2") and not self.accelerator.optimizer_step_was_skipped:
-            amount = self.optimizer.param_groups[0]["lr"] * self._lambda()
-            if self._solves(self._stage):
-                amount = min(amount, MAX_DECAY)  # the bound under which the strength was solved for
-            self._decay(amount)
-
-    @torch.no_grad()
-    def _put_zeros_back(self) -> None:
-        if self._zeroed is None:  # found once a stage: in every step the names alone would cost a millisecond
-            parameters = dict(self.accelerator.unwrap_model(self.model).named_parameters())
-            weights = [parameters[name] for name in self._zeros]
-            self._zeroed = weights, [mask.to(w.device, w.dtype) for w, mask in zip(weights, self._zeros.values())]
-        torch._foreach_mul_(*self._zeroed)
-
-    def _decay(self, amount: float) -> None:
-        if not self.args.cuda_graphs:
-            decay_(self._leaving_groups, self._masks, amount)
-            return
-        if self._graphed_decay is None:
-            held = torch.zeros((), device=self.args.device)  # zero while the graph is recorded: nothing changes then
-            replay = capture(lambda: decay_(self._leaving_groups, self._masks, held), self.args.device)
-            self._graphed_decay = (held, replay)
-        check_amount(amount)
-        held, replay = self._graphed_decay
-        held.fill_(amount)
-        replay()
-
     def log(self, logs: dict, *args, **kwargs) -> None:
         """Add the speed, lambda, the leaving channels' share of the norm and the channel sparsity to the logs."""
         if self._stage is not None and "loss" in logs:
@@ -642,9 +530,9 @@ class RSSTTrainer(Trainer):
             logs["steps_per_second"] = round((self.state.global_step - step) / (time.perf_counter() - since), 3)
             self._start_clock()
             if self._stage.decay:
-                logs["lambda"] = self._lambda(self.state.global_step)  # as it was in the step that is logged
+                logs["lambda"] = self._leaving.weight(self.state.global_step)  # as it was in the step that is logged
                 if not self._stage.spread:
-                    logs["leaving_share"] = leaving_share(self._leaving_groups, self._masks)
+                    logs["leaving_share"] = self._leaving.share()
             if self.pruning is not None and not self._channels:
                 logs["weight_sparsity"] = weight_sparsity(self.model, self.pruning.targets)
             elif self.pruning is not None:
@@ -716,7 +604,7 @@ class _StageCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if self._takes_rewind_point(args) and args.rewind_step > state.max_steps:
             raise ValueError(f"`rewind_step` is {args.rewind_step}, but the first stage has {state.max_steps} steps.")
-        self.trainer._start_decay()
+        self.trainer._leaving.start(self.trainer.lr_scheduler, state.max_steps)
         self.trainer._start_clock()
 
     def _takes_rewind_point(self, args):
@@ -731,39 +619,18 @@ class _StageCallback(TrainerCallback):
             order.set_epoch(int(state.epoch or 0))
 
     def on_optimizer_step(self, args, state, control, **kwargs):
-        self.trainer._decay_step()
+        trainer = self.trainer
+        trainer._leaving.after_step(
+            trainer.accelerator.unwrap_model(trainer.model),
+            trainer.optimizer.param_groups[0]["lr"],
+            state.global_step + 1,
+            stepped=not trainer.accelerator.optimizer_step_was_skipped,
+        )
 
     def on_step_end(self, args, state, control, **kwargs):
         trainer = self.trainer
         if self._takes_rewind_point(args) and state.global_step == args.rewind_step:
             trainer._save_model_folder(trainer.run_folder.stage(0, trainer.stages[0]) / "rewind")
-
-
-def _check_prunable(model, args: RSSTConfig, pruning: PruningConfig) -> None:
-    """What would fail at the first cut, hours later, fails now: a target that is not there, a budget out of reach."""
-    if args.round_rate is not None:
-        removed = 1.0 - (1.0 - args.round_rate) ** args.num_rounds
-        if isinstance(pruning.sparsity, dict) or abs(pruning.sparsity - removed) > 1e-3:
-            raise ValueError(
-                f"`round_rate` {args.round_rate} removes {removed:.4f} in {args.num_rounds} rounds, but the pruning "
-                f"config's `sparsity` is {pruning.sparsity}: give it that number."
-            )
-    if args.method == "unstructured":
-        check_weight_pruning(pruning)
-        find_groups(model, pruning.targets)
-        return
-    one_width = not hasattr(model.config, "set_widths")
-    if one_width and (pruning.scope == "global" or pruning.allocation == "weights"):
-        raise ValueError(f"{type(model).__name__} holds one width for all layers; prune it with scope='layer'.")
-    select_channels(model, dataclasses.replace(pruning, importance="magnitude_l2"))
-    scored = [v.parameter for g in find_groups(model, pruning.targets) for v in g.scored_views()]
-    if (args.method == "rsst" and args.penalty == "growing_l2") or args.spread_epochs > 0:
-        for parameter in scored:
-            if parameter.dtype not in (torch.float32, torch.float64):
-                raise ValueError(
-                    f"growing_l2 on {parameter.dtype} weights would round its small steps away; load the model with "
-                    "dtype=torch.float32 (and train with bf16=True for bf16 arithmetic)."
-                )
 
 
 def _replace_folder(model, path) -> None:

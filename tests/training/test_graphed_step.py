@@ -199,7 +199,7 @@ def test_a_run_with_recorded_steps_is_the_run_without(tmp_path, monkeypatch, pen
         return lambda: decays.append(function())
 
     monkeypatch.setattr("mamba_rsst.training.trainer.GraphedStep", Kept)
-    monkeypatch.setattr("mamba_rsst.training.trainer.capture", pretend_capture)
+    monkeypatch.setattr("mamba_rsst.training.leaving.capture", pretend_capture)
     results = []
     for recorded in (False, True):
         arguments = dict(num_train_epochs=3, rsst_epochs=3, recovery_epochs=3, eval_strategy="epoch", penalty=penalty)
@@ -213,4 +213,4 @@ def test_a_run_with_recorded_steps_is_the_run_without(tmp_path, monkeypatch, pen
     assert len(made) == 3 and [g.recordings for g in made] == [1, 1, 1], "one graph a stage"
     assert all(g._inputs["pixel_values"].shape[0] == 20 for g in made)
     assert bool(decays) == (penalty == "growing_l2")
-    assert graphed._graphed is None and graphed._graphed_decay is None
+    assert graphed._graphed is None and graphed._leaving.graphed_decay is None
