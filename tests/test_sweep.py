@@ -196,8 +196,9 @@ def dense_run(tmp_path_factory):
         dict(method="refill"),
         dict(method="refill", rewind="step", rewind_step=2, num_rounds=2),
         dict(method="dense"),
+        dict(method="unstructured"),
     ],
-    ids=["rsst", "refill", "step", "dense"],
+    ids=["rsst", "refill", "step", "dense", "unstructured"],
 )
 def test_a_shared_first_stage_changes_no_bit(tmp_path, hasty, dense_run, training):
     apart = tiny_run(tmp_path, "apart", **training)

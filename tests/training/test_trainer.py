@@ -528,6 +528,14 @@ def test_dense_training_needs_no_pruning_and_cuts_nothing(tmp_path):
     assert "channel_sparsity" not in trainer.run_state.history[0]
 
 
+def test_the_first_stage_of_another_model_is_refused_before_anything_is_written(tmp_path):
+    run(tmp_path / "dense", method="dense", pruning=None)
+    trainer = make_trainer(tmp_path / "run", model=make_model(num_hidden_layers=3))
+    with pytest.raises(ValueError, match=r"trained another model: 'backbone.layers.2\..* None, not \("):
+        trainer.train(first_stage=tmp_path / "dense")
+    assert not list((tmp_path / "run").iterdir())
+
+
 # ---- at once, gradually, and by single weights ----
 def test_prune_cuts_at_once_and_keeps_the_survivors_weights(tmp_path):
     trainer, _ = run(tmp_path, method="prune", recovery_epochs=0)
@@ -626,6 +634,10 @@ def test_compile_shapes_spares_uneven_models_the_compiler(tmp_path, monkeypatch,
     def blocks(trainer):
         return {block._compiled_call_impl is not None for block in trainer.model.backbone.layers}
 
+    evaluated, whole = [], RSSTTrainer.evaluate
+    monkeypatch.setattr(RSSTTrainer, "evaluate", lambda self: evaluated.append(*blocks(self)) or whole(self))
     _, spy = run(tmp_path, at_start=blocks, compile_blocks=True, compile_shapes=most)
     assert [stage for stage, found in spy.found.items() if found == {True}] == compiled
     assert all(len(found) == 1 for found in spy.found.values())
+    # After train, before the cut, after it (where every new shape would be compiled), after recover
+    assert evaluated == [True, True, most is None, most is None]
