@@ -92,8 +92,16 @@ def _title(name: str, point: dict) -> str:
 
 def network_of(recipe: Recipe) -> str:
     """The same for runs that are compared with the same dense network: its shape and its data."""
-    content = {name: recipe.to_dict().get(name) for name in ("task", "model", "data", "augmentation")}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+    return _digest({name: recipe.to_dict().get(name) for name in ("task", "model", "data", "augmentation")})
+
+
+def beginning_of(recipe: Recipe) -> str:
+    """The same for runs whose first stages differ in nothing but the seed, as far as `training` goes."""
+    return _digest({k: v for k, v in first_stage_settings(recipe.training).items() if k != "seed"})
+
+
+def _digest(content) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
 def stages_of(recipe: Recipe) -> list:
