@@ -9,7 +9,7 @@ import itertools
 import json
 import re
 from collections import Counter
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -105,10 +105,8 @@ def _digest(content) -> str:
 
 
 def stages_of(recipe: Recipe) -> list:
-    """The stages of a recipe's run, without claiming a device as its arguments would."""
-    settings = RSSTConfig.__new__(RSSTConfig)
-    settings.__dict__.update({f.name: f.default for f in fields(RSSTConfig)} | recipe.training)
-    return plan_stages(settings)
+    """The stages of a recipe's run."""
+    return plan_stages(RSSTConfig.check(**recipe.training))
 
 
 def epochs_of(recipe: Recipe) -> float:

@@ -232,9 +232,14 @@ def test_refill_cuts_and_sets_the_survivors_back(tmp_path, rewind):
     assert_same_state(load_stage(tmp_path, "prune-1").state_dict(), expected)
 
 
-@pytest.mark.parametrize("method, stage", [("rsst", "rsst"), ("refill", "prune")])
-def test_rounds_remove_more_and_more_of_the_dense_channels(tmp_path, method, stage):
-    trainer, _ = run(tmp_path, method=method, num_rounds=2, pruning={**PRUNING, "sparsity": 0.7})
+@pytest.mark.parametrize(
+    "method, stage, rewind",
+    [("rsst", "rsst", "none"), ("rsst", "rsst", "step"), ("refill", "prune", "initial"), ("prune", "prune", "step")],
+)
+def test_rounds_remove_more_and_more_of_the_dense_channels(tmp_path, method, stage, rewind):
+    arguments = dict(rewind_step=2) if rewind == "step" else {}
+    pruning = {**PRUNING, "sparsity": 0.7}
+    trainer, _ = run(tmp_path, method=method, num_rounds=2, rewind=rewind, pruning=pruning, **arguments)
     dense = {"d_inner": 2 * 32, "intermediate_size": 2 * 24}
     for round_, wanted in ((1, 1 - 0.3**0.5), (2, 0.7)):
         config = load_stage(tmp_path, f"{stage}-{round_}").config
@@ -243,10 +248,11 @@ def test_rounds_remove_more_and_more_of_the_dense_channels(tmp_path, method, sta
             assert wanted <= removed + 1e-9 < wanted + 2 / total  # no more than the channel it takes to get there
     widths = [sum(trainer.model.config.widths(target)) for target in dense]
     assert widths == [sum(config.widths(target)) for target in dense]
-    if method == "refill":  # the second round goes back to the initial weights too, through both cuts
-        first, second = (load_masks_of(tmp_path, f"prune-{i}") for i in (1, 2))
-        initial = cut(cut(load_stage(tmp_path, "start").state_dict(), first), second)
-        assert_same_state(load_stage(tmp_path, "prune-2").state_dict(), initial)
+    if rewind != "none":  # the second round goes back to the same point, through both cuts
+        first, second = (load_masks_of(tmp_path, f"{stage}-{i}") for i in (1, 2))
+        point = tmp_path / ("start" if rewind == "initial" else "stages/0-train/rewind")
+        point = MambaForImageClassification.from_pretrained(point).state_dict()
+        assert_same_state(load_stage(tmp_path, f"{stage}-2").state_dict(), cut(cut(point, first), second))
     sparsities = [logs_of(trainer, f"recover-{i}")[-1]["channel_sparsity"] for i in (1, 2)]
     assert sparsities[0] == pytest.approx(1 - 0.3**0.5, abs=0.02) and sparsities[1] == pytest.approx(0.7, abs=0.02)
 
