@@ -230,7 +230,8 @@ class RSSTTrainer(Trainer):
         else:
             self.state.log_history, self.state.epoch = [], 0
         if stage.cut:
-            if stage.decay:  # what the same score says of the channels now
+            importances = map(self.pruning.importance_of, self.pruning.targets)
+            if stage.decay and "leave_one_out" not in importances:  # what the same score says of the channels now
                 self._save_scores(folder, "after", self._score(stage, folder))
             metrics["before_cut"] = self._evaluate_quietly()
             self._remove_(self.model)
@@ -300,7 +301,7 @@ class RSSTTrainer(Trainer):
 
     def _save_scores(self, folder, when: str, scores: dict[str, torch.Tensor]) -> None:
         """stages/<i>-<name>/scores.safetensors: "before:<group>" when channels were chosen, "after:<group>" at the end
-        of a stage that decayed some of them."""
+        of a stage that decayed some of them, unless the score is a search that costs as much as training."""
         if self.is_world_process_zero():
             file = folder / "scores.safetensors"
             kept = load_masks(file) if file.is_file() else {}

@@ -22,6 +22,7 @@ from transformers import TrainerCallback, TrainingArguments
 from mamba_rsst import MambaForImageClassification, PruningConfig, RSSTTrainer, select_channels
 from mamba_rsst.pruning.prune import score_groups
 from mamba_rsst.training.augmentation import AugmentationConfig, BatchAugmentation
+from mamba_rsst.training.data import ImageCollator
 from mamba_rsst.training.rounds import load_masks
 
 
@@ -324,8 +325,9 @@ def test_distillation_is_hintons_loss_and_leaves_the_dense_teacher_alone(tmp_pat
 
 # ---- what is recorded ----
 def evaluate_by_hand(model):
-    collate = make_trainer("unused", method="dense").eval_data_collator
-    batch = collate(list(range(len(digits().eval))))
+    data = digits()
+    collate = ImageCollator(data.eval, mean=data.mean, std=data.std, num_classes=len(data.id2label))
+    batch = collate(list(range(len(data.eval))))
     with torch.no_grad():
         logits = model.eval()(batch["pixel_values"]).logits
     loss = F.cross_entropy(logits, batch["labels"]).item()
@@ -619,6 +621,15 @@ def test_the_scores_of_a_choice_are_kept_and_those_before_the_cut(tmp_path):
     expected = score_groups(load_stage(tmp_path / "prune", "train"), PruningConfig(**PRUNING))
     assert sorted(scores) == sorted(f"before:{name}" for name in expected)
     assert all(torch.equal(scores[f"before:{name}"], score) for name, score in expected.items())
+
+
+def test_a_search_for_blocks_is_not_made_again_to_be_looked_at(tmp_path):
+    """leave_one_out runs the model for every block left and every one removed."""
+    pruning = dict(targets=["num_hidden_layers"], sparsity=0.5, scope="layer")
+    run(tmp_path, pruning=pruning, num_train_epochs=0, rsst_epochs=1, recovery_epochs=0)
+    assert list(load_masks(next(tmp_path.glob("stages/*-rsst-1/scores.safetensors")))) == [
+        "before:model:num_hidden_layers"
+    ]
 
 
 def test_a_decaying_stage_may_have_a_schedule_of_its_own(tmp_path):
