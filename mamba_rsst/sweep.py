@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 
 from .recipe import Recipe, RecipeError, build_recipe, check_keys, parse_override, read_yaml, set_key
-from .training.arguments import UNPRUNED, RSSTConfig
+from .training.arguments import RSSTConfig
 from .training.first_stage import LATER, first_stage_settings
 from .training.rounds import plan_stages
 
@@ -264,8 +264,7 @@ def _share_first_stages(runs: list[Run], output_dir: str) -> list[Run]:
 
 def _rewind_step(recipe: Recipe) -> int | None:
     training = recipe.training
-    rewinds = training.get("rewind") == "step" and training.get("method", "rsst") not in UNPRUNED
-    return training["rewind_step"] if rewinds else None
+    return training["rewind_step"] if training.get("rewind") == "step" else None  # a dense run keeps it for others
 
 
 def _dense(recipe: Recipe, point: int | None, folder: Path) -> Recipe:

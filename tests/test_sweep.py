@@ -229,6 +229,7 @@ def test_a_shared_first_stage_changes_no_bit(tmp_path, hasty, dense_run, trainin
         (dict(learning_rate=0.1), "they differ in training.learning_rate"),
         (dict(seed=1, per_device_train_batch_size=16), "training.per_device_train_batch_size, training.seed"),
         (dict(method="refill", rewind="step", rewind_step=1), "did not keep step 1 to rewind to"),
+        (dict(method="dense", rewind="step", rewind_step=1), "did not keep step 1 to rewind to"),
     ],
 )
 def test_another_first_stage_is_refused(tmp_path, dense_run, training, words):

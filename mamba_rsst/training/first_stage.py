@@ -65,7 +65,7 @@ def read_first_stage(path: str | Path, settings: dict, model) -> RunState:
             )
     _check_shapes(model, path)
     point, kept = ([s.get(name) for name in ("rewind", "rewind_step")] for s in (settings, state.settings))
-    if point[0] == "step" and settings["method"] != "dense" and point != kept:
+    if point[0] == "step" and point != kept:
         raise ValueError(
             f"`first_stage`: {str(path)!r} did not keep step {point[1]} to rewind to; train it with rewind=step."
         )
