@@ -9,13 +9,13 @@ import itertools
 import json
 import re
 from collections import Counter
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
 
 from .recipe import Recipe, RecipeError, build_recipe, check_keys, parse_override, read_yaml, set_key
-from .training.arguments import UNPRUNED, RSSTConfig
+from .training.arguments import RSSTConfig
 from .training.first_stage import LATER, first_stage_settings
 from .training.rounds import plan_stages
 
@@ -92,15 +92,21 @@ def _title(name: str, point: dict) -> str:
 
 def network_of(recipe: Recipe) -> str:
     """The same for runs that are compared with the same dense network: its shape and its data."""
-    content = {name: recipe.to_dict().get(name) for name in ("task", "model", "data", "augmentation")}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+    return _digest({name: recipe.to_dict().get(name) for name in ("task", "model", "data", "augmentation")})
+
+
+def beginning_of(recipe: Recipe) -> str:
+    """The same for runs whose first stages differ in nothing but the seed, as far as `training` goes."""
+    return _digest({k: v for k, v in first_stage_settings(recipe.training).items() if k != "seed"})
+
+
+def _digest(content) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
 def stages_of(recipe: Recipe) -> list:
-    """The stages of a recipe's run, without claiming a device as its arguments would."""
-    settings = RSSTConfig.__new__(RSSTConfig)
-    settings.__dict__.update({f.name: f.default for f in fields(RSSTConfig)} | recipe.training)
-    return plan_stages(settings)
+    """The stages of a recipe's run."""
+    return plan_stages(RSSTConfig.check(**recipe.training))
 
 
 def epochs_of(recipe: Recipe) -> float:
@@ -258,8 +264,7 @@ def _share_first_stages(runs: list[Run], output_dir: str) -> list[Run]:
 
 def _rewind_step(recipe: Recipe) -> int | None:
     training = recipe.training
-    rewinds = training.get("rewind") == "step" and training.get("method", "rsst") not in UNPRUNED
-    return training["rewind_step"] if rewinds else None
+    return training["rewind_step"] if training.get("rewind") == "step" else None  # a dense run keeps it for others
 
 
 def _dense(recipe: Recipe, point: int | None, folder: Path) -> Recipe:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from .figures import BLUE, GREEN, GREY, ORANGE, PURPLE
 from .report import MISSING, columns_of, human, write_atomic
+from .training.first_stage import LATER
 
 
 SEED = "training.seed"
@@ -20,10 +21,10 @@ MARKERS = "os^DvP<X>p"
 def collect(runs: list[dict], firsts: list[dict]) -> dict:
     """A sweep's results, as JSON holds them.
 
-    runs: {name, point, folder, seed, method, network} and, once it is there, the run's `results` or why it `failed`.
-    firsts: the dense runs that trained first stages for others: {folder, seed, network, results}.
-    Returns {task, metric, speed, devices, dense, runs, table}: `dense` a dict a seed and network, `runs` one a run
-    with its status, `table` one a name and budget, its numbers {mean, std, n} over seeds (std None for one).
+    runs: {name, point, folder, seed, method, network, beginning} and, once it is there, the run's `results` or why it
+    `failed`. firsts: the dense runs that trained first stages for others: {folder, seed, network, beginning, results}.
+    Returns {task, metric, speed, devices, dense, runs, table}: `dense` a dict a seed, network and beginning, `runs`
+    one a run with its status, `table` one a name and budget, its numbers {mean, std, n} over seeds (std None for one).
     """
     done = [entry["results"] for entry in [*firsts, *runs] if "results" in entry]
     metric = speed = None
@@ -44,20 +45,22 @@ def collect(runs: list[dict], firsts: list[dict]) -> dict:
 
 
 def _dense(firsts, runs, metric, speed) -> dict[tuple, dict]:
-    """(network, seed) -> the dense network that runs are compared with: a shared first stage's, else a run's own."""
+    """(network, beginning, seed) -> the dense network that runs are compared with: a shared first stage's, else a
+    run's own."""
     dense = {}
     for entry in (*firsts, *(entry for entry in runs if entry["method"] != "scratch")):
         if "results" in entry:
             row, alone = entry["results"]["rows"][0], len(entry["results"]["rows"]) == 1
-            numbers = {"network": entry["network"], "seed": entry["seed"], "folder": entry["folder"]}
+            about = {name: entry[name] for name in ("network", "beginning", "seed")}
+            numbers = {**about, "folder": entry["folder"]}
             numbers |= {"final": row.get(metric), "parameters": row["parameters"], "macs": row["macs"]}
             numbers |= {"speed": row[speed], "seconds": entry["results"]["seconds"] if alone else None}
-            dense.setdefault((entry["network"], entry["seed"]), numbers)
+            dense.setdefault(tuple(about.values()), numbers)
     return dense
 
 
 def _run(entry, dense, metric, speed) -> dict:
-    run = {name: entry[name] for name in ("name", "point", "seed", "folder", "method", "network")}
+    run = {name: entry[name] for name in ("name", "point", "seed", "folder", "method", "network", "beginning")}
     if "results" not in entry:
         failed = {"status": "failed", "reason": entry["failed"]} if "failed" in entry else {"status": "not finished"}
         return {**run, **failed}
@@ -66,7 +69,9 @@ def _run(entry, dense, metric, speed) -> dict:
     last = others[-1] if others else first
     # Size and speed against what was measured beside them; the quality against the network that was cut.
     base = results.get("full_size", first)
-    reference = first if others else dense.get((entry["network"], entry["seed"]), {})
+    # One built small began otherwise: the dense network of its seed, where there is only one.
+    same = [d for d in dense.values() if (d["network"], d["seed"]) == (entry["network"], entry["seed"])]
+    reference = first if others else same[0] if len(same) == 1 else {}
     return {
         **run,
         "status": "finished",
@@ -86,11 +91,14 @@ def _run(entry, dense, metric, speed) -> dict:
 def _table(runs, dense, metric) -> list[dict]:
     """Rows over seeds: the dense networks, then name by name and budget by budget in the order of the runs."""
     rows = []
-    for network in dict.fromkeys(entry["network"] for entry in dense):
-        of = [entry for entry in dense if entry["network"] == network]
-        point = next(run["point"] for run in runs if run["network"] == network)
-        point = {k: v for k, v in point.items() if not k.startswith(("training.", "pruning."))}
-        row = {"name": "dense", "point": point, "network": network, "seeds": [entry["seed"] for entry in of]}
+    for network, beginning in dict.fromkeys((entry["network"], entry["beginning"]) for entry in dense):
+        of = [entry for entry in dense if (entry["network"], entry["beginning"]) == (network, beginning)]
+        cut = (run for run in runs if run["method"] != "scratch")
+        run = next(run for run in cut if (run["network"], run["beginning"]) == (network, beginning))
+        point = {k: v for k, v in run["point"].items() if _decides_dense(k)}
+        twin = any(row["point"] == point for row in rows)  # trained otherwise by what a name stands for
+        row = {"name": f"dense of {run['name']}" if twin else "dense", "point": point}
+        row |= {"network": network, "seeds": [entry["seed"] for entry in of]}
         numbers = {name: _over_seeds(of, name) for name in ("final", "parameters", "macs", "speed", "seconds")}
         rows.append({**row, "baseline": True, **numbers})
     groups = {}
@@ -111,6 +119,12 @@ def _table(runs, dense, metric) -> list[dict]:
         ]
         rows.append({**row, "change": _mean(change)})
     return rows
+
+
+def _decides_dense(key: str) -> bool:
+    """Whether a key of the grid decides what the dense network is, but for the seed."""
+    section, _, name = key.partition(".")
+    return section != "pruning" and key != SEED and not (section == "training" and name in LATER)
 
 
 def _over_seeds(entries, name):

@@ -14,7 +14,7 @@ from . import report, sweep_report
 from .recipe import Recipe, RecipeError
 from .report import RECIPE_FILE, RESULTS_FILE
 from .run import run_recipe
-from .sweep import Run, Sweep, folder_of, network_of, seed_of
+from .sweep import Run, Sweep, beginning_of, folder_of, network_of, seed_of
 from .tasks import TASKS
 
 
@@ -200,7 +200,7 @@ def gather(sweep: Sweep) -> dict:
 def _about(recipe: Recipe) -> dict:
     folder = folder_of(recipe)
     about = {"folder": folder.name, "seed": seed_of(recipe), "network": network_of(recipe)}
-    about["method"] = recipe.training.get("method", "rsst")
+    about |= {"beginning": beginning_of(recipe), "method": recipe.training.get("method", "rsst")}
     if _finished(folder):
         about["results"] = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
     return about

@@ -30,7 +30,7 @@ FLOORS = {
     "saved_run": {"report", "training"},
     "html_page": {"figures"},
     "html_report": {"report", "figures", "html_page", "card", "saved_run", "training", "_version"},
-    "sweep_report": {"report", "figures"},
+    "sweep_report": {"report", "figures", "training"},
     "tasks": {"models", "pruning", "supernet", "training", "hub", "convert", "evaluation", "speed"},
 }
 TOP = ("recipe", "run", "sweep", "sweep_run", "cli", "__init__", "__main__")

@@ -17,7 +17,7 @@ from mamba_rsst import speed, sweep_report, sweep_run
 from mamba_rsst.cli import main
 from mamba_rsst.recipe import RecipeError, build_recipe, load_recipe
 from mamba_rsst.run import run_recipe
-from mamba_rsst.sweep import epochs_of, load_sweep
+from mamba_rsst.sweep import beginning_of, epochs_of, load_sweep
 from mamba_rsst.tasks.image_classification import ImageClassification
 from mamba_rsst.training.arguments import RSSTConfig
 from mamba_rsst.training.first_stage import LATER
@@ -159,6 +159,9 @@ def test_runs_that_begin_alike_share_their_first_stage(tmp_path):
     names = ("RSST", "lasso", "dense", "Refill", "to 1")  # "to 2" is alone with its point
     assert list(shared.values()) == [[(name, seed) for name in names] for seed in (0, 1)]
     first = sweep.first_stages[0]
+    began = {run.name: beginning_of(run.recipe) for run in sweep.runs}
+    assert {beginning_of(recipe) for recipe in sweep.first_stages} == {began["RSST"]}  # of any seed
+    assert {name for name in began if began[name] == began["RSST"]} == {*names, "to 2", "small"}
     assert first.training["method"] == "dense" and first.pruning is None and epochs_of(first) == 1
     assert (first.training["rewind"], first.training["rewind_step"]) == ("step", 1)
 
@@ -196,8 +199,9 @@ def dense_run(tmp_path_factory):
         dict(method="refill"),
         dict(method="refill", rewind="step", rewind_step=2, num_rounds=2),
         dict(method="dense"),
+        dict(method="unstructured"),
     ],
-    ids=["rsst", "refill", "step", "dense"],
+    ids=["rsst", "refill", "step", "dense", "unstructured"],
 )
 def test_a_shared_first_stage_changes_no_bit(tmp_path, hasty, dense_run, training):
     apart = tiny_run(tmp_path, "apart", **training)
@@ -225,6 +229,7 @@ def test_a_shared_first_stage_changes_no_bit(tmp_path, hasty, dense_run, trainin
         (dict(learning_rate=0.1), "they differ in training.learning_rate"),
         (dict(seed=1, per_device_train_batch_size=16), "training.per_device_train_batch_size, training.seed"),
         (dict(method="refill", rewind="step", rewind_step=1), "did not keep step 1 to rewind to"),
+        (dict(method="dense", rewind="step", rewind_step=1), "did not keep step 1 to rewind to"),
     ],
 )
 def test_another_first_stage_is_refused(tmp_path, dense_run, training, words):
@@ -450,11 +455,11 @@ def test_the_command_line_as_it_is_typed(tmp_path):
 
 
 # ---- the table and the figure ----
-def entry(name, seed, rows, method="prune", sparsity=0.5, network="n", **results):
-    point = {"pruning.sparsity": sparsity, "training.seed": seed}
+def entry(name, seed, rows, method="prune", sparsity=0.5, network="n", beginning="b", more_point=(), **results):
+    point = {"pruning.sparsity": sparsity, "training.seed": seed, **dict(more_point)}
     about = {"name": name, "point": point, "folder": f"{name}-{seed}", "seed": seed, "method": method}
     results = {"task": "image-classification", "rows": rows, "seconds": 10.0, "device": "cpu", **results}
-    return {**about, "network": network, "results": results}
+    return {**about, "network": network, "beginning": beginning, "results": results}
 
 
 def row(name, quality, parameters, speed, metric="accuracy", item="images"):
@@ -493,6 +498,23 @@ def test_the_table_by_hand():
     assert f"| RSST | 0.5 | 2 {line}" in text
     assert "| small | 0.5 | 1 | 78.00 | -12.00 | – | 39.0% | 39.0% | 2.00× | 10 |" in text
     assert "1 of 5 runs are not finished." in text and "RSST-2 failed: because" in text
+
+
+def test_dense_networks_that_were_trained_otherwise_are_told_apart():
+    """By the grid, in a column; by a run's own setting, by that run's name. None of them is the small one's."""
+
+    def of(rate, dense, **more):
+        point = {"training.learning_rate": rate, "training.rsst_epochs": 3}
+        return pruned("RSST", 0, dense, 0.5, 0.8, beginning=f"b{rate}", more_point=point, **more)
+
+    longer = {**pruned("longer", 0, 0.95, 0.5, 0.9, beginning="longer"), "point": of(0.1, 0.9)["point"]}
+    small = entry("small", 0, [row("dense", 0.78, 390, 150.0)], method="scratch", beginning="small")
+    small["results"]["full_size"] = {"parameters": 1000, "macs": 10000, "images_per_s": 75.0}
+    results = sweep_report.collect([of(0.1, 0.9), of(0.2, 0.7), longer, small], [])
+    rows = [(r["name"], r["point"].get("training.learning_rate"), r["final"]["mean"]) for r in results["table"]]
+    assert rows[:3] == [("dense", 0.1, 0.9), ("dense", 0.2, 0.7), ("dense of longer", 0.1, 0.95)]
+    assert all(set(r["point"]) == {"training.learning_rate"} for r in results["table"][:3])
+    assert results["table"][-1]["name"] == "small" and results["table"][-1]["change"] is None
 
 
 def test_perplexity_is_compared_by_its_ratio(tmp_path):

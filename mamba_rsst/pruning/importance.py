@@ -112,7 +112,8 @@ def _survivors(groups, calibration) -> dict[str, list[tuple[View, Tensor]]]:
         size = sum(g.size for g in part)
         kept = sum(calibration.densities.get(g.name, 1.0) * g.size for g in part) / size
         kept = min(len(values), max(1, round(kept * len(values))))
-        threshold = values.kthvalue(len(values) - kept + 1).values  # exact; torch.quantile refuses so many
+        # Exact, but that of equal weights all stay; torch.quantile refuses so many.
+        threshold = values.kthvalue(len(values) - kept + 1).values
         for group, view in views:
             alive.setdefault(group.name, []).append((view, view.tensor.detach().abs().float() >= threshold))
     return alive

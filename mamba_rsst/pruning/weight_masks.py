@@ -25,7 +25,9 @@ def choose_weights(model: nn.Module, config: PruningConfig) -> WeightMasks:
     """Masks of the largest weights: exactly `sparsity` of each target's weights goes. The model stays as it is.
 
     Global L1 pruning: one order of |w| over all layers; with scope="layer" one in each group; importance="random"
-    draws the order. Ties go to the earlier weight. A weight of two targets stays if both keep it.
+    draws the order. Ties go to the earlier weight. A weight of two targets stays only if both keep it, so that of
+    targets that overlap (x_proj's rows of d_state or dt_rank, its columns of d_inner) a little more goes. The config's
+    floor, round_to, allocation and normalization are about channels, and say nothing here.
     Raises ValueError for what only channels can follow: another importance or budget, and whole blocks.
     """
     check_weight_pruning(config)

@@ -151,11 +151,15 @@ class RSSTConfig(TrainingArguments):
         self._warn_of_ignored()
 
     @classmethod
-    def check(cls, **arguments) -> None:
-        """Raises ValueError for settings that no machine could follow. Unlike an instance, claims no device."""
+    def check(cls, **arguments) -> "RSSTConfig":
+        """The settings without a device, which an instance made as usual claims: to plan with, not to train with.
+
+        Raises ValueError for settings that no machine could follow.
+        """
         self = cls.__new__(cls)
         self.__dict__.update({f.name: f.default for f in fields(cls)}, **arguments)
         self._check()
+        return self
 
     def _check(self) -> None:
         for name, choices in (
@@ -233,14 +237,12 @@ class RSSTConfig(TrainingArguments):
                     raise ValueError(f"`cuda_graphs` does not go with `{name}`: a recorded step runs without the CPU.")
         scheduler = self.rsst_lr_scheduler_type or self.lr_scheduler_type
         scheduler = getattr(scheduler, "value", scheduler)
-        if self._solves_lambda_max() and scheduler in ("reduce_lr_on_plateau", "greedy"):
-            raise ValueError(
-                f"Give `lambda_max`: with lr_scheduler_type={scheduler!r} the learning rates are not known ahead."
-            )
-
-    def _solves_lambda_max(self) -> bool:
-        """Whether a strength has to be found from the learning rates of a stage."""
-        return self.spread_epochs > 0 or self._solves_residual()
+        if scheduler in ("reduce_lr_on_plateau", "greedy"):
+            unknown = f"with lr_scheduler_type={scheduler!r} the learning rates are not known ahead."
+            if self.spread_epochs > 0 and self.method not in UNPRUNED:
+                raise ValueError(f"`spread_epochs` needs another `rsst_lr_scheduler_type`: {unknown}")
+            if self._solves_residual():
+                raise ValueError(f"Give `lambda_max`: {unknown}")
 
     def _solves_residual(self) -> bool:
         return self.method == "rsst" and self.penalty == "growing_l2" and self.lambda_max is None

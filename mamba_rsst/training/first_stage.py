@@ -5,6 +5,8 @@ import json
 import shutil
 from pathlib import Path
 
+import torch
+
 from .arguments import RSSTConfig
 from .rounds import RunFolder, RunState
 
@@ -42,11 +44,12 @@ def differing_settings(recipe: dict, other: dict) -> list[str]:
     return names
 
 
-def read_first_stage(path: str | Path, settings: dict) -> RunState:
+def read_first_stage(path: str | Path, settings: dict, model) -> RunState:
     """The state of the run in `path`, for a run of these settings (RunState.settings) to take over as its first stage.
 
-    Raises ValueError unless that is a finished run of method "dense" with the same settings, and with the point that
-    this run rewinds to.
+    model: what this run starts from. Raises ValueError unless that is a finished run of method "dense" with the same
+    settings, of a model of the same shapes, and with the point that this run rewinds to. That the data and the initial
+    weights are the same cannot be seen here.
     """
     folder = RunFolder(path)
     if not folder.exists():
@@ -60,8 +63,9 @@ def read_first_stage(path: str | Path, settings: dict) -> RunState:
                 f"`first_stage`: {str(path)!r} was trained with {name}={state.settings.get(name)!r}, not "
                 f"{settings.get(name)!r}."
             )
+    _check_shapes(model, path)
     point, kept = ([s.get(name) for name in ("rewind", "rewind_step")] for s in (settings, state.settings))
-    if point[0] == "step" and settings["method"] != "dense" and point != kept:
+    if point[0] == "step" and point != kept:
         raise ValueError(
             f"`first_stage`: {str(path)!r} did not keep step {point[1]} to rewind to; train it with rewind=step."
         )
@@ -70,10 +74,28 @@ def read_first_stage(path: str | Path, settings: dict) -> RunState:
 
 def copy_first_stage(path: str | Path, target: Path, point: bool) -> None:
     """The stage's model, and with `point` the weights that it kept to rewind to; whole or not at all."""
-    (source,) = Path(path).glob("stages/0-*")
+    source = _stage_folder(path)
     beside = target.with_name(target.name + ".tmp")
     shutil.rmtree(beside, ignore_errors=True)
     for name in ("model", "rewind") if point else ("model",):
         shutil.copytree(source / name, beside / name)
     shutil.rmtree(target, ignore_errors=True)
     beside.rename(target)
+
+
+def _stage_folder(path: str | Path) -> Path:
+    (folder,) = Path(path).glob("stages/0-*")
+    return folder
+
+
+def _check_shapes(model, path: str | Path) -> None:
+    config = type(model.config).from_pretrained(_stage_folder(path) / "model")
+    with torch.device("meta"):
+        trained = dict(type(model)(config).named_parameters())
+    own = dict(model.named_parameters())
+    for name in (*own, *trained):
+        shapes = [tuple(p[name].shape) if name in p else None for p in (own, trained)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"`first_stage`: {str(path)!r} trained another model: {name!r} {shapes[1]}, not {shapes[0]}."
+            )

@@ -173,14 +173,14 @@ class RSSTTrainer(Trainer):
             raise ValueError(f"{str(folder.path)!r} holds no run to resume.")
         widths = {g.name: g.size for g in self._groups()} if self.pruning else {}
         self.run_state = RunState([s.name for s in self.stages], settings=self._settings(), dense_widths=widths)
-        taken = first_stage and read_first_stage(first_stage, self.run_state.settings)
+        taken = first_stage and read_first_stage(first_stage, self.run_state.settings, self.model)
         self._save_model_folder(folder.start)
         if taken:
             if self.is_world_process_zero():
                 point = self.args.rewind == "step"  # a run that rewinds to `start` must not find it
                 copy_first_stage(first_stage, folder.stage(0, self.stages[0]), point)
             self.accelerator.wait_for_everyone()
-            self.run_state.take_over(taken, channel_sparsity=bool(widths))
+            self.run_state.take_over(taken, channel_sparsity=bool(widths) and self._channels)
             self._set_model(folder.model(1, self.stages))
         self._write_state()
 
@@ -198,6 +198,9 @@ class RSSTTrainer(Trainer):
         metrics = {}
         started = time.time()
         set_seed(self.args.seed + index)  # each stage draws its own numbers, the same whether resumed or not
+        for part in (self.data_collator, self.train_dataset):  # augmentation; a stream's order
+            if hasattr(part, "seed"):  # others in every stage, the same in every resumption
+                part.seed = self.args.seed + 7919 * index
         masks = self._select(stage, folder) if stage.select else {}
         if stage.spread:
             masks = {g.name: torch.zeros(g.size, dtype=torch.bool) for g in self._groups()}
@@ -205,9 +208,6 @@ class RSSTTrainer(Trainer):
         if stage.masked:
             file = self.run_folder.stage(index - 1, self.stages[index - 1]) / "masks.safetensors"
             self._leaving.keep_zeros(load_masks(file))
-        for part in (self.data_collator, self.train_dataset):  # augmentation; a stream's order
-            if hasattr(part, "seed"):  # others in every stage, the same in every resumption
-                part.seed = self.args.seed + 7919 * index
         self.args.output_dir = str(folder)
         self.args.num_train_epochs = stage.epochs
         self.args.learning_rate = stage.learning_rate
@@ -230,11 +230,14 @@ class RSSTTrainer(Trainer):
         else:
             self.state.log_history, self.state.epoch = [], 0
         if stage.cut:
-            if stage.decay:  # what the same score says of the channels now
+            importances = map(self.pruning.importance_of, self.pruning.targets)
+            if stage.decay and "leave_one_out" not in importances:  # what the same score says of the channels now
                 self._save_scores(folder, "after", self._score(stage, folder))
             metrics["before_cut"] = self._evaluate_quietly()
             self._remove_(self.model)
             self._fresh_optimizer()
+            if not self._compiles():  # or this evaluation would compile every new shape
+                uncompile_blocks_(self.model)
             metrics["after_cut"] = self._evaluate_quietly()
         if stage.rewind:
             self._rewind(index, folder)
@@ -298,7 +301,7 @@ class RSSTTrainer(Trainer):
 
     def _save_scores(self, folder, when: str, scores: dict[str, torch.Tensor]) -> None:
         """stages/<i>-<name>/scores.safetensors: "before:<group>" when channels were chosen, "after:<group>" at the end
-        of a stage that decayed some of them."""
+        of a stage that decayed some of them, unless the score is a search that costs as much as training."""
         if self.is_world_process_zero():
             file = folder / "scores.safetensors"
             kept = load_masks(file) if file.is_file() else {}
@@ -533,9 +536,9 @@ class RSSTTrainer(Trainer):
                 logs["lambda"] = self._leaving.weight(self.state.global_step)  # as it was in the step that is logged
                 if not self._stage.spread:
                     logs["leaving_share"] = self._leaving.share()
-            if self.pruning is not None and not self._channels:
+            if self._stage.masked:
                 logs["weight_sparsity"] = weight_sparsity(self.model, self.pruning.targets)
-            elif self.pruning is not None:
+            elif self.pruning is not None and self._channels:
                 dense = self.run_state.dense_widths
                 now = kept_widths(self._groups(), {})
                 logs["channel_sparsity"] = 1.0 - sum(now.values()) / sum(dense.values())

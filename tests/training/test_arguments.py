@@ -56,6 +56,10 @@ def test_every_method_and_schedule_is_accepted(tmp_path, method, schedule):
         (dict(spread_epochs=-1), ["`spread_epochs`"]),
         (dict(spread_epochs=1, spread_residual=1.0), ["`spread_residual`"]),
         (dict(method="unstructured", spread_epochs=1), ["`spread_epochs`", "unstructured"]),
+        (
+            dict(spread_epochs=1, lambda_max=1.0, lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="epoch"),
+            ["`spread_epochs`", "`rsst_lr_scheduler_type`", "'reduce_lr_on_plateau'"],
+        ),
         (dict(method="refill", rewind="step", rewind_step=5, num_train_epochs=0), ["`rewind_step`", "first stage"]),
         (dict(max_steps=10), ["`max_steps`"]),
         (dict(save_only_model=True), ["`save_only_model`"]),

@@ -90,6 +90,7 @@ def train(folder, batch, kill=False, method="refill", **more):
         arguments = dict(per_device_train_batch_size=batch, num_train_epochs=2, save_strategy="steps", save_steps=2)
         arguments |= more
         arguments |= dict(method=method) if method == "rsst" else dict(method=method, rewind="step", rewind_step=2)
+        arguments |= dict(ema_decay=0.8, eval_strategy="epoch") if method == "unstructured" else {}
         augmentation = BatchAugmentation(AugmentationConfig(crop_padding=1, mixup=0.5, cutmix=0.0))
         return make_trainer(folder, augmentation=augmentation, num_rounds=2, **arguments)
 
@@ -119,7 +120,9 @@ def train_in_two_processes(folder, kill, method):
     assert process.returncode == 0, process.stderr[-3000:]
 
 
-@pytest.mark.parametrize("method", ["rsst", pytest.param("refill", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "method", ["rsst", *(pytest.param(name, marks=pytest.mark.slow) for name in ("refill", "unstructured"))]
+)
 def test_rounds_and_resuming_in_two_processes(tmp_path, method):
     """Every process ends with the same weights: one that trained on by itself after a cut would not."""
     train(tmp_path / "one", 32, method=method)

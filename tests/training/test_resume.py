@@ -212,6 +212,16 @@ def test_around_the_stages(tmp_path, monkeypatch, whole, method, point):
     resume(tmp_path, whole[method], method=method)
 
 
+@pytest.mark.parametrize("method, choice", [("refill", 2), ("spread", 1)])
+def test_before_a_choice_that_comes_after_a_later_stage(tmp_path, monkeypatch, whole, method, choice):
+    """The score looks at augmented batches: those of its own stage, not of the stage that this process ran before."""
+    trainer = trainer_of(tmp_path, method)
+    KillAt(monkeypatch, trainer_module, "save_masks", choice)
+    killed(trainer, monkeypatch)
+    assert trainer.run_state.done >= 2
+    resume(tmp_path, whole[method], method=method)
+
+
 @pytest.mark.parametrize(
     "method, stage, step, save_steps",
     [

@@ -22,6 +22,7 @@ from transformers import TrainerCallback, TrainingArguments
 from mamba_rsst import MambaForImageClassification, PruningConfig, RSSTTrainer, select_channels
 from mamba_rsst.pruning.prune import score_groups
 from mamba_rsst.training.augmentation import AugmentationConfig, BatchAugmentation
+from mamba_rsst.training.data import ImageCollator
 from mamba_rsst.training.rounds import load_masks
 
 
@@ -232,9 +233,14 @@ def test_refill_cuts_and_sets_the_survivors_back(tmp_path, rewind):
     assert_same_state(load_stage(tmp_path, "prune-1").state_dict(), expected)
 
 
-@pytest.mark.parametrize("method, stage", [("rsst", "rsst"), ("refill", "prune")])
-def test_rounds_remove_more_and_more_of_the_dense_channels(tmp_path, method, stage):
-    trainer, _ = run(tmp_path, method=method, num_rounds=2, pruning={**PRUNING, "sparsity": 0.7})
+@pytest.mark.parametrize(
+    "method, stage, rewind",
+    [("rsst", "rsst", "none"), ("rsst", "rsst", "step"), ("refill", "prune", "initial"), ("prune", "prune", "step")],
+)
+def test_rounds_remove_more_and_more_of_the_dense_channels(tmp_path, method, stage, rewind):
+    arguments = dict(rewind_step=2) if rewind == "step" else {}
+    pruning = {**PRUNING, "sparsity": 0.7}
+    trainer, _ = run(tmp_path, method=method, num_rounds=2, rewind=rewind, pruning=pruning, **arguments)
     dense = {"d_inner": 2 * 32, "intermediate_size": 2 * 24}
     for round_, wanted in ((1, 1 - 0.3**0.5), (2, 0.7)):
         config = load_stage(tmp_path, f"{stage}-{round_}").config
@@ -243,10 +249,11 @@ def test_rounds_remove_more_and_more_of_the_dense_channels(tmp_path, method, sta
             assert wanted <= removed + 1e-9 < wanted + 2 / total  # no more than the channel it takes to get there
     widths = [sum(trainer.model.config.widths(target)) for target in dense]
     assert widths == [sum(config.widths(target)) for target in dense]
-    if method == "refill":  # the second round goes back to the initial weights too, through both cuts
-        first, second = (load_masks_of(tmp_path, f"prune-{i}") for i in (1, 2))
-        initial = cut(cut(load_stage(tmp_path, "start").state_dict(), first), second)
-        assert_same_state(load_stage(tmp_path, "prune-2").state_dict(), initial)
+    if rewind != "none":  # the second round goes back to the same point, through both cuts
+        first, second = (load_masks_of(tmp_path, f"{stage}-{i}") for i in (1, 2))
+        point = tmp_path / ("start" if rewind == "initial" else "stages/0-train/rewind")
+        point = MambaForImageClassification.from_pretrained(point).state_dict()
+        assert_same_state(load_stage(tmp_path, f"{stage}-2").state_dict(), cut(cut(point, first), second))
     sparsities = [logs_of(trainer, f"recover-{i}")[-1]["channel_sparsity"] for i in (1, 2)]
     assert sparsities[0] == pytest.approx(1 - 0.3**0.5, abs=0.02) and sparsities[1] == pytest.approx(0.7, abs=0.02)
 
@@ -318,8 +325,9 @@ def test_distillation_is_hintons_loss_and_leaves_the_dense_teacher_alone(tmp_pat
 
 # ---- what is recorded ----
 def evaluate_by_hand(model):
-    collate = make_trainer("unused", method="dense").eval_data_collator
-    batch = collate(list(range(len(digits().eval))))
+    data = digits()
+    collate = ImageCollator(data.eval, mean=data.mean, std=data.std, num_classes=len(data.id2label))
+    batch = collate(list(range(len(data.eval))))
     with torch.no_grad():
         logits = model.eval()(batch["pixel_values"]).logits
     loss = F.cross_entropy(logits, batch["labels"]).item()
@@ -528,6 +536,14 @@ def test_dense_training_needs_no_pruning_and_cuts_nothing(tmp_path):
     assert "channel_sparsity" not in trainer.run_state.history[0]
 
 
+def test_the_first_stage_of_another_model_is_refused_before_anything_is_written(tmp_path):
+    run(tmp_path / "dense", method="dense", pruning=None)
+    trainer = make_trainer(tmp_path / "run", model=make_model(num_hidden_layers=3))
+    with pytest.raises(ValueError, match=r"trained another model: 'backbone.layers.2\..* None, not \("):
+        trainer.train(first_stage=tmp_path / "dense")
+    assert not list((tmp_path / "run").iterdir())
+
+
 # ---- at once, gradually, and by single weights ----
 def test_prune_cuts_at_once_and_keeps_the_survivors_weights(tmp_path):
     trainer, _ = run(tmp_path, method="prune", recovery_epochs=0)
@@ -607,6 +623,15 @@ def test_the_scores_of_a_choice_are_kept_and_those_before_the_cut(tmp_path):
     assert all(torch.equal(scores[f"before:{name}"], score) for name, score in expected.items())
 
 
+def test_a_search_for_blocks_is_not_made_again_to_be_looked_at(tmp_path):
+    """leave_one_out runs the model for every block left and every one removed."""
+    pruning = dict(targets=["num_hidden_layers"], sparsity=0.5, scope="layer")
+    run(tmp_path, pruning=pruning, num_train_epochs=0, rsst_epochs=1, recovery_epochs=0)
+    assert list(load_masks(next(tmp_path.glob("stages/*-rsst-1/scores.safetensors")))) == [
+        "before:model:num_hidden_layers"
+    ]
+
+
 def test_a_decaying_stage_may_have_a_schedule_of_its_own(tmp_path):
     arguments = dict(lr_scheduler_type="linear", rsst_lr_scheduler_type="constant", rsst_epochs=2)
     trainer, _ = run(tmp_path, **arguments)
@@ -626,6 +651,10 @@ def test_compile_shapes_spares_uneven_models_the_compiler(tmp_path, monkeypatch,
     def blocks(trainer):
         return {block._compiled_call_impl is not None for block in trainer.model.backbone.layers}
 
+    evaluated, whole = [], RSSTTrainer.evaluate
+    monkeypatch.setattr(RSSTTrainer, "evaluate", lambda self: evaluated.append(*blocks(self)) or whole(self))
     _, spy = run(tmp_path, at_start=blocks, compile_blocks=True, compile_shapes=most)
     assert [stage for stage, found in spy.found.items() if found == {True}] == compiled
     assert all(len(found) == 1 for found in spy.found.values())
+    # After train, before the cut, after it (where every new shape would be compiled), after recover
+    assert evaluated == [True, True, most is None, most is None]
