@@ -22,7 +22,8 @@ from .training.rounds import plan_stages
 
 
 FIRST_STAGES = "first-stages"
-TAKEN = (FIRST_STAGES, "figures", "gather", "results.json", "results.md", "sweep.yaml")
+SWEEP_FILE = "sweep.yaml"
+TAKEN = (FIRST_STAGES, "figures", "gather", "results.json", "results.md", SWEEP_FILE)
 """What stands in a sweep's folder beside its runs, the lock of `sweep_run.gather` too."""
 LONGEST = 200
 """Bytes in the name of a run's folder: file systems allow 255, and its lock and temporary files have longer names."""

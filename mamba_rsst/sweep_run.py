@@ -14,11 +14,10 @@ from . import report, sweep_report
 from .recipe import Recipe, RecipeError
 from .report import RECIPE_FILE, RESULTS_FILE
 from .run import run_recipe
-from .sweep import Run, Sweep, folder_of, network_of, seed_of
+from .sweep import SWEEP_FILE, Run, Sweep, folder_of, network_of, seed_of
 from .tasks import TASKS
 
 
-SWEEP_FILE = "sweep.yaml"
 WAIT_SECONDS = 2.0
 
 
