@@ -70,7 +70,7 @@ def read_run(folder: str | Path, label: str | None = None) -> SavedRun:
         raise FileNotFoundError(f"{str(path)!r} holds no run: neither {RECIPE_FILE} nor {RunFolder.STATE} is there.")
     text, recipe = _read_recipe(files[0])
     state = _read_state(files[1])
-    results, finished = _read_results(path / RESULTS_FILE), (path / RESULTS_FILE).is_file()
+    results, finished = read_results(path / RESULTS_FILE), (path / RESULTS_FILE).is_file()
     settings = state.get("settings", {})
     if not text:
         text = json.dumps(settings, indent=1)
@@ -149,7 +149,8 @@ def _read_state(path: Path) -> dict:
     return state
 
 
-def _read_results(path: Path) -> dict:
+def read_results(path: Path) -> dict:
+    """results.json of a run, {} where there is none. Raises ValueError for a damaged one."""
     if not path.is_file():
         return {}
     results = _read_json(_text(path), path)

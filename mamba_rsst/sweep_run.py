@@ -14,6 +14,7 @@ from . import report, sweep_report
 from .recipe import Recipe, RecipeError
 from .report import RECIPE_FILE, RESULTS_FILE
 from .run import run_recipe
+from .saved_run import read_results
 from .sweep import SWEEP_FILE, Run, Sweep, folder_of, network_of, seed_of
 from .tasks import TASKS
 
@@ -222,5 +223,5 @@ def _about(recipe: Recipe) -> dict:
     about = {"folder": folder.name, "seed": seed_of(recipe), "network": network_of(recipe)}
     about["method"] = recipe.training.get("method", "rsst")
     if _finished(folder):
-        about["results"] = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
+        about["results"] = read_results(folder / RESULTS_FILE)
     return about

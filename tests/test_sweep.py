@@ -403,6 +403,15 @@ def test_data_that_are_not_there_fail_their_run_alone(tmp_path, hasty, capsys):
     assert "'./nowhere'" in results["runs"][1]["reason"]
 
 
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_damaged_run_of_a_sweep_is_named(tmp_path, hasty, capsys, text):
+    path = write_sweep(tmp_path, runs={"small": {"training.method": "scratch"}})
+    assert main(["sweep", str(path)]) == 0
+    (tmp_path / "out" / "small" / "results.json").write_text(text)
+    assert main(["sweep", str(path), "--resume"]) == 2
+    assert "small/results.json' is damaged" in capsys.readouterr().err
+
+
 def test_what_the_system_reports_stops_the_sweep(tmp_path, monkeypatch, capsys):
     calls = []
 
