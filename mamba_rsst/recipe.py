@@ -15,6 +15,7 @@ from .tasks import TASKS, Task
 from .training.arguments import RSSTConfig
 from .training.augmentation import AugmentationConfig
 from .training.data import ImageDataConfig
+from .training.prunable import check_agreement
 from .training.text import TextDataConfig
 
 
@@ -127,6 +128,12 @@ def build_recipe(content: dict, default_output: str = "runs/run") -> Recipe:
     method = training.get("method", "rsst")
     if pruning is None and method != "dense":
         raise RecipeError(f"The recipe needs a section `pruning` for training.method={method}.")
+    if pruning is not None:
+        try:
+            rounds = {name: training[name] for name in ("round_rate", "num_rounds") if name in training}
+            check_agreement(method, pruning, **rounds)
+        except ValueError as error:
+            raise RecipeError(f"pruning: {error}") from error
     if content.get("augmentation") is not None and not task.augments:
         raise RecipeError(f"`augmentation` does not go with task={task.name}.")
     return Recipe(

@@ -17,6 +17,7 @@ from .recipe import Recipe, load_recipe
 from .report import LOG_FILE, RECIPE_FILE, RESULTS_FILE
 from .tasks import TASKS
 from .training.first_stage import differing_settings
+from .training.rounds import load_masks, surviving_blocks
 from .training.trainer import RSSTTrainer
 
 
@@ -181,13 +182,8 @@ def _finish(trainer: RSSTTrainer, recipe: Recipe, folder: Path, data) -> dict:
         dense, kept = (
             {g.name: g for g in find_groups(models[n], recipe.pruning.targets)} for n in ("dense", list(rows)[-1])
         )
-        results["widths"] = {
-            target: {
-                "dense": [g.size for g in dense.values() if g.target == target],
-                "kept": [g.size for g in kept.values() if g.target == target],
-            }
-            for target in recipe.pruning.targets
-        }
+        blocks = surviving_blocks(load_masks(place.stage(i, stages[i]) / "masks.safetensors") for i in cuts)
+        results["widths"] = {t: _widths(t, dense.values(), kept.values(), blocks) for t in recipe.pruning.targets}
         results["channel_sparsity"] = {t: 1 - sum(w["kept"]) / sum(w["dense"]) for t, w in results["widths"].items()}
         results["param_reduction"] = 1 - table[-1]["parameters"] / table[0]["parameters"]
         figures.plot_widths(results["widths"], folder / "figures" / "widths.png")
@@ -201,3 +197,12 @@ def _finish(trainer: RSSTTrainer, recipe: Recipe, folder: Path, data) -> dict:
     report.write_atomic(folder / RESULTS_FILE, json.dumps(results, indent=1))  # last: it says that the run is finished
     shutil.rmtree(folder / "start", ignore_errors=True)
     return results
+
+
+def _widths(target: str, dense, kept, blocks: list[int] | None) -> dict[str, list[int]]:
+    """As `figures.draw_widths` takes them. A block that was removed keeps 0; `blocks`: those that were not."""
+    sizes = [[group.size for group in groups if group.target == target] for groups in (dense, kept)]
+    if blocks is not None and len(sizes[0]) > len(sizes[1]) == len(blocks):
+        left = dict(zip(blocks, sizes[1]))
+        sizes[1] = [left.get(place, 0) for place in range(len(sizes[0]))]
+    return {"dense": sizes[0], "kept": sizes[1]}

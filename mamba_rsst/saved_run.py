@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .report import COLUMNS, LOG_FILE, RECIPE_FILE, RESULTS_FILE, columns_of
-from .training.rounds import RunFolder
+from .sweep import SWEEP_FILE
+from .training.rounds import RunFolder, surviving_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +65,12 @@ def read_run(folder: str | Path, label: str | None = None) -> SavedRun:
         raise FileNotFoundError(f"There is no folder {str(path)!r}.")
     files = [path / name for name in (RECIPE_FILE, RunFolder.STATE)]
     if not any(file.is_file() for file in files):
+        if (path / SWEEP_FILE).is_file():
+            raise FileNotFoundError(f"{str(path)!r} holds a sweep; give the folders of its runs, which lie inside it.")
         raise FileNotFoundError(f"{str(path)!r} holds no run: neither {RECIPE_FILE} nor {RunFolder.STATE} is there.")
     text, recipe = _read_recipe(files[0])
     state = _read_state(files[1])
-    results, finished = _read_results(path / RESULTS_FILE), (path / RESULTS_FILE).is_file()
+    results, finished = read_results(path / RESULTS_FILE), (path / RESULTS_FILE).is_file()
     settings = state.get("settings", {})
     if not text:
         text = json.dumps(settings, indent=1)
@@ -146,12 +149,16 @@ def _read_state(path: Path) -> dict:
     return state
 
 
-def _read_results(path: Path) -> dict:
+def read_results(path: Path) -> dict:
+    """results.json of a run, {} where there is none. Raises ValueError for a damaged one."""
     if not path.is_file():
         return {}
     results = _read_json(_text(path), path)
     if results.get("task", "image-classification") not in COLUMNS:
         raise ValueError(f"{str(path)!r} is damaged: its task is {results['task']!r}, not one of {list(COLUMNS)}.")
+    for key in ("method", "model", "dataset"):
+        if not isinstance(results.get(key, ""), str):
+            raise ValueError(f"{str(path)!r} is damaged: `{key}` is {results[key]!r}.")
     rows = results.get("rows")
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) and "name" in row for row in rows):
         raise ValueError(f"{str(path)!r} is damaged: it holds no `rows` of measured models.")
@@ -278,11 +285,18 @@ def _read_checkpoint(path: Path, state: dict) -> tuple[list[dict], dict]:
 
 def _widths_so_far(state: dict, masks: dict) -> dict:
     """What the last choice leaves of each group, where it chose whole channels."""
-    chosen = next((part for part in reversed(masks.values()) if all(mask.ndim == 1 for mask in part.values())), {})
+    cuts = [part for part in masks.values() if all(mask.ndim == 1 for mask in part.values())]
+    chosen, dense = cuts[-1] if cuts else {}, state.get("dense_widths", {})
+    before, after = surviving_blocks(cuts[:-1]), surviving_blocks(cuts)
     widths = {}
-    for group, size in state.get("dense_widths", {}).items():
-        if group in chosen:
-            both = widths.setdefault(_target(group), {"dense": [], "kept": []})
-            both["dense"].append(size)
-            both["kept"].append(int(chosen[group].sum()))
+    for target in dict.fromkeys(map(_target, dense)):
+        groups = [group for group in dense if _target(group) == target]
+        if after is None or len(groups) == 1:  # all blocks are there still, or the target is none of each block
+            kept = {group: chosen[group] for group in groups if group in chosen}
+        else:  # the choice is called by what number a block had then
+            names = dict(zip(range(len(groups)) if before is None else before, groups))
+            kept = {group: chosen[names[i]] if i in after else [] for i, group in enumerate(groups)}
+        if kept:
+            sizes = [int(sum(mask)) for mask in kept.values()]
+            widths[target] = {"dense": [dense[group] for group in kept], "kept": sizes}
     return widths

@@ -7,6 +7,7 @@ import copy
 import hashlib
 import itertools
 import json
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -21,6 +22,11 @@ from .training.rounds import plan_stages
 
 
 FIRST_STAGES = "first-stages"
+SWEEP_FILE = "sweep.yaml"
+TAKEN = (FIRST_STAGES, "figures", "gather", "results.json", "results.md", SWEEP_FILE)
+"""What stands in a sweep's folder beside its runs, the lock of `sweep_run.gather` too."""
+LONGEST = 200
+"""Bytes in the name of a run's folder: file systems allow 255, and its lock and temporary files have longer names."""
 KEYS = ("recipe", "output_dir", "set", "runs", "grid")
 
 
@@ -131,8 +137,6 @@ def load_sweep(path: str | Path, overrides: list[str] = ()) -> Sweep:
     if not isinstance(base, dict):
         raise RecipeError("A sweep needs a `recipe` to start from: a path relative to its file, or the sections.")
     output_dir, common = content.get("output_dir", f"runs/{path.stem}"), _changes(content.get("set"), "set")
-    if not isinstance(output_dir, str) or not output_dir.strip():
-        raise RecipeError(f"`output_dir` must name a folder, got {output_dir!r}.")
     variants = content.get("runs")
     if "runs" in content and (not isinstance(variants, dict) or not variants):
         raise RecipeError(f"`runs` must hold the runs' names and, below each, its changes; got {variants!r}.")
@@ -141,7 +145,11 @@ def load_sweep(path: str | Path, overrides: list[str] = ()) -> Sweep:
     variants = {str(name): _changes(own, f"runs: {name}") for name, own in (variants or {stem: None}).items()}
     for override in overrides:
         output_dir = _override(override, output_dir, common, variants)
+    if not isinstance(output_dir, str) or not output_dir.strip():
+        raise RecipeError(f"`output_dir` must name a folder, got {output_dir!r}.")
+    output_dir = os.path.expanduser(output_dir)  # as transformers does with every run's own
     grid = _grid(content["grid"]) if "grid" in content else None
+    _check_followed(overrides, variants, grid)
     runs = {}
     for point in _points(grid):  # all names at one point first: they are to be compared
         for name, own in variants.items():
@@ -160,7 +168,7 @@ def load_sweep(path: str | Path, overrides: list[str] = ()) -> Sweep:
 def _override(text: str, output_dir: str, common: dict, variants: dict[str, dict]) -> str:
     """Put a change of the command line in its place. Returns the sweep's folder, which may be what it changes."""
     key, equals, value = text.partition("=")
-    if key == "output_dir" and value:
+    if key == "output_dir" and equals:
         return value
     if not key.startswith("runs."):
         common |= _changes(dict([parse_override(text)]), "set")
@@ -171,6 +179,15 @@ def _override(text: str, output_dir: str, common: dict, variants: dict[str, dict
     change = parse_override(text.removeprefix(f"runs.{name}."))
     variants[name] |= _changes(dict([change]), f"runs: {name}")
     return output_dir
+
+
+def _check_followed(overrides: list[str], variants: dict[str, dict], grid: list[dict] | None) -> None:
+    """What a run or the grid sets itself wins; a change of the command line that none of the runs sees is an error."""
+    for key in (text.partition("=")[0] for text in overrides):
+        own = all(key in changes for changes in variants.values())
+        if own or (grid and all(key in part for part in grid)):
+            where = "every run sets it itself: runs.NAME." + key if own else "the `grid` sets it: change the file"
+            raise RecipeError(f"The change to `{key}` reaches no run, since {where}.")
 
 
 def _changes(content, where: str) -> dict:
@@ -215,7 +232,7 @@ def _build(base: dict, changes: dict, name: str, point: dict, output_dir: str) -
     words = [name.replace("+", " "), *(f"{short(key)}-{spell(value)}" for key, value in point.items())]
     folder = "_".join(re.sub(r"[^a-z0-9.+=]+", "-", word.lower()).strip("-.") for word in words)
     if not re.search("[a-z0-9]", folder):
-        raise RecipeError(f"The run {name!r} needs a name with a letter or a digit, for its folder.")
+        raise RecipeError(f"The run {name!r} needs a name with one of a-z or 0-9, for its folder.")
     try:
         for key, value in changes.items():
             set_key(content, key, copy.deepcopy(value))
@@ -234,9 +251,14 @@ def _check_folders(runs: list[Run]) -> None:
         if taken[run.folder.name] > 1:
             twins = " and ".join(repr(other.title) for other in runs if other.folder == run.folder)
             raise RecipeError(f"The runs {twins} would share the folder {str(run.folder)!r}: give them other names.")
-        if run.folder.name in (FIRST_STAGES, "figures"):
+        if run.folder.name in TAKEN:
             raise RecipeError(
                 f"The run {run.title!r} cannot have the folder {str(run.folder)!r}: give it another name."
+            )
+        if len(run.folder.name) > LONGEST:
+            raise RecipeError(
+                f"The run {run.title[:60] + '…'!r} needs a shorter name: its folder's would have "
+                f"{len(run.folder.name)} letters, at most {LONGEST} will do."
             )
 
 

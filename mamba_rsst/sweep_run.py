@@ -14,11 +14,11 @@ from . import report, sweep_report
 from .recipe import Recipe, RecipeError
 from .report import RECIPE_FILE, RESULTS_FILE
 from .run import run_recipe
-from .sweep import Run, Sweep, beginning_of, folder_of, network_of, seed_of
+from .saved_run import read_results
+from .sweep import SWEEP_FILE, Run, Sweep, beginning_of, folder_of, network_of, seed_of
 from .tasks import TASKS
 
 
-SWEEP_FILE = "sweep.yaml"
 WAIT_SECONDS = 2.0
 
 
@@ -26,17 +26,21 @@ def run_sweep(sweep: Sweep, resume: bool = False) -> dict:
     """Make the sweep's runs that are neither finished nor held by another process. Returns the results so far.
 
     resume: go on with the sweep in its folder; several processes may work on one, each started so. results.json,
-    results.md and the figure are written anew after every run. A run that raises ValueError is noted with its reason,
-    and tried again when the sweep is resumed.
-    Raises ValueError, before anything is written, for a folder that holds another sweep or anything else.
+    results.md and the figure are written anew after every run. A run that raises ValueError, or whose data are
+    not there, is noted with its reason and tried again when the sweep is resumed.
+    Raises ValueError, before anything is written, for a folder that holds another sweep or anything else; that and
+    OSError where the first run's data cannot be loaded, which is a mistake in the file more often than in the run.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError(
             "Each run of a sweep takes one process; for several GPUs start the sweep again with --resume for each."
         )
     _check_settings(sweep)
-    _claim(sweep, resume)
+    _check_folder(sweep, resume)
     worker, todo = _Worker(sweep), sweep.runs
+    if not resume:
+        worker.load(sweep.runs[0].recipe)  # and keeps it
+    _claim(sweep, resume)
     while todo:
         outcomes = [worker.attempt(run) for run in todo]
         todo = [run for run, outcome in zip(todo, outcomes) if outcome == "waits"]
@@ -55,7 +59,7 @@ def _check_settings(sweep: Sweep) -> None:
                 raise RecipeError(f"The run {run.title!r}: {error}") from error
 
 
-def _claim(sweep: Sweep, resume: bool) -> None:
+def _check_folder(sweep: Sweep, resume: bool) -> None:
     folder, saved = sweep.output_dir, sweep.output_dir / SWEEP_FILE
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"`output_dir` {str(folder)!r} is a file.")
@@ -69,6 +73,13 @@ def _claim(sweep: Sweep, resume: bool) -> None:
         raise ValueError(f"{str(folder)!r} already holds a sweep: go on with --resume, or choose another output_dir.")
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{str(folder)!r} is not empty; choose another output_dir.")
+
+
+def _claim(sweep: Sweep, resume: bool) -> None:
+    """Put the sweep's file into its folder, which makes it this sweep's."""
+    if resume:
+        return
+    folder, saved = sweep.output_dir, sweep.output_dir / SWEEP_FILE
     folder.mkdir(parents=True, exist_ok=True)
     beside = folder / f".{SWEEP_FILE}.{os.getpid()}"
     beside.write_text(sweep.to_yaml(), encoding="utf-8")
@@ -108,6 +119,12 @@ def _finished(folder: Path) -> bool:
     return (folder / RESULTS_FILE).is_file()
 
 
+def _of_the_run(error: Exception) -> bool:
+    """Whether only this run is at fault: data that are not there, say. What the system reports, such as a full disk,
+    comes with its number and stops the sweep."""
+    return not isinstance(error, OSError) or error.errno is None
+
+
 class _Worker:
     """One process's work on a sweep. Keeps the data that were loaded last, and the first stages that failed here."""
 
@@ -129,7 +146,9 @@ class _Worker:
                 self._say(f"Run {self.sweep.runs.index(run) + 1} of {len(self.sweep.runs)}: {run.title}")
                 self._make(run.recipe, run.first_stage and folder_of(run.first_stage))
                 _failure_file(run.folder).unlink(missing_ok=True)
-            except ValueError as error:
+            except (ValueError, OSError) as error:
+                if not _of_the_run(error):
+                    raise
                 reason = " ".join(str(error).split())
                 self._say(f"Failed: {reason}")
                 report.write_atomic(_failure_file(run.folder), reason)
@@ -149,20 +168,22 @@ class _Worker:
                 self._say(f"First stage of several runs, seed {seed_of(recipe)}")
                 try:
                     self._make(recipe)
-                except ValueError as error:
+                except (ValueError, OSError) as error:
+                    if not _of_the_run(error):
+                        raise
                     self._failed[folder] = f"its first stage: {error}"
                     raise ValueError(self._failed[folder]) from error
         return True
 
     def _make(self, recipe: Recipe, first_stage: Path | None = None) -> None:
         resume = (folder_of(recipe) / RECIPE_FILE).is_file()
-        run_recipe(recipe, resume=resume, data=self._load(recipe), first_stage=first_stage)
+        run_recipe(recipe, resume=resume, data=self.load(recipe), first_stage=first_stage)
         gc.collect()  # a trainer's circles of references hold models
         torch._dynamo.reset()  # the next run's blocks have other widths
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _load(self, recipe: Recipe):
+    def load(self, recipe: Recipe):
         """The recipe's data, kept for the next run if it has the same."""
         task, content = TASKS[recipe.task], recipe.to_dict()
         wanted = [recipe.task, content["model"], content["data"], seed_of(recipe) if task.seeds_data else None]
@@ -202,5 +223,5 @@ def _about(recipe: Recipe) -> dict:
     about = {"folder": folder.name, "seed": seed_of(recipe), "network": network_of(recipe)}
     about |= {"beginning": beginning_of(recipe), "method": recipe.training.get("method", "rsst")}
     if _finished(folder):
-        about["results"] = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
+        about["results"] = read_results(folder / RESULTS_FILE)
     return about

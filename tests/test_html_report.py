@@ -512,6 +512,8 @@ def broken(folder, file, text):
         ),
         ("results.json", RESULTS | {"widths": {"d_inner": 3}}, "do not fit together"),
         ("results.json", RESULTS | {"widths": {"d_inner": {"dense": [3], "kept": []}}}, "1 dense widths but 0 kept"),
+        ("results.json", RESULTS | {"dataset": [1]}, "`dataset` is [1]"),
+        ("results.json", RESULTS | {"method": []}, "`method` is []"),
         ("results.json", RESULTS | {"seconds": "long"}, "`seconds` is 'long'"),
         ("results.json", RESULTS | {"channel_sparsity": {"d_inner": "much"}}, "`channel_sparsity` is"),
         ("rsst_state.json", b"{", "rsst_state.json' is damaged"),
@@ -533,6 +535,12 @@ def test_damaged_files_are_named(tmp_path, capsys, file, text, said):
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_sweep_is_no_run(tmp_path, capsys):
+    (tmp_path / "sweep.yaml").write_text("recipe: a.yaml")
+    assert main(["report", str(tmp_path)]) == 2
+    assert "holds a sweep; give the folders of its runs" in capsys.readouterr().err
 
 
 def test_a_run_stopped_between_its_scores_and_its_masks(tmp_path):

@@ -196,6 +196,18 @@ def test_a_key_like_no_other_gets_the_choices():
         (dict(training=None), "needs a section `training`"),
         (dict(training=["a"]), "needs a section `training`"),
         (dict(pruning=None), "needs a section `pruning` for training.method=rsst"),
+        (
+            dict(training=dict(method="prune", round_rate=0.2), pruning=dict(sparsity=0.5)),
+            "pruning: `round_rate` 0.2 removes 0.2000 .* 0.5: give it that number",
+        ),
+        (
+            dict(training=dict(method="unstructured"), pruning=dict(importance="taylor")),
+            r"pruning: Single weights are scored by one of \['magnitude_l1', 'random'\], not by 'taylor'",
+        ),
+        (
+            dict(training=dict(method="scratch"), pruning=dict(budget="latency")),
+            r"budget='latency', .* choose from \['channels', 'parameters', 'macs'\]",
+        ),
         (dict(pruning=0.7), "`pruning` must be a section with keys below it, got 0.7"),
         (dict(augmentation="strong"), "`augmentation` must be a section"),
         (dict(data=["digits"]), "`data` must be a section"),

@@ -15,6 +15,7 @@ from mamba_rsst import card, figures, report, speed
 from mamba_rsst.evaluation import count_macs_per_item
 from mamba_rsst.recipe import load_recipe
 from mamba_rsst.run import run_recipe
+from mamba_rsst.saved_run import read_run
 
 
 @pytest.fixture(autouse=True)
@@ -235,3 +236,30 @@ def test_a_run_killed_before_its_first_stage_can_be_resumed(tmp_path, monkeypatc
         short_run(tmp_path)
     results, _ = short_run(tmp_path, resume=True)
     assert len(results["rows"]) == 3
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_removed_blocks_keep_nothing_in_the_widths(tmp_path, rounds):
+    targets = ["num_hidden_layers", "d_inner"]
+    path = write_recipe(
+        tmp_path / "r.yaml",
+        tmp_path / "run",
+        model={"num_hidden_layers": 5},
+        pruning=dict(targets=targets, sparsity=0.6, importance="random", round_to=1, seed=3),
+        training=dict(method="prune", num_rounds=rounds, learning_rate=0.0),
+    )
+    widths = run_recipe(load_recipe(path))["widths"]
+    kept = widths["d_inner"]["kept"]
+    assert widths["num_hidden_layers"] == {"dense": [5], "kept": [2]} and len(kept) == 5
+    places = [place for place, width in enumerate(kept) if width]
+    dense, model = (
+        load_stage(tmp_path / "run", "train"),
+        AutoModelForImageClassification.from_pretrained(tmp_path / "run"),
+    )
+    assert len(places) == 2 and places != [0, 1]  # numbered anew by the cut, but not here
+    for place, layer in zip(places, model.backbone.layers):
+        assert layer.mixer.d_inner == kept[place]
+        rows = dense.backbone.layers[place].mixer.in_proj.weight
+        assert (rows == layer.mixer.in_proj.weight[0]).all(1).any()
+    (tmp_path / "run" / "results.json").unlink()
+    assert read_run(tmp_path / "run").widths == widths  # of a run that was stopped before it was measured

@@ -71,7 +71,10 @@ def titles(sweep):
         (dict(runs={"a": {3: 4}}), ["`runs: a`", "3"]),
         (dict(runs={"Refill": {}, "refill": {}}), ["'Refill' and 'refill'", "folder"]),
         (dict(runs={"figures": {}}), ["'figures'"]),
+        *((dict(runs={name: {}}), [repr(name)]) for name in ("gather", "results.json", "Results.md", "sweep.yaml")),
         (dict(runs={"..": {}}), ["'..'"]),
+        (dict(runs={"日本": {}}), ["'日本'", "a-z or 0-9"]),
+        (dict(runs={"x" * 300: {}}), ["xxx…'", "300 letters", "at most 200"]),
         (dict(set={"training.output_dir": "x"}), ["`set`", "`output_dir`"]),
         (dict(set=["training.seed=1"]), ["`set`"]),
         (dict(set={"training.num_train_epochs": 0}, runs={"a": {}}), ["'a'", "`rsst_epochs`"]),
@@ -119,11 +122,33 @@ def test_the_command_line_changes_what_all_runs_have(tmp_path):
     assert [run.recipe.training["num_train_epochs"] for run in sweep.runs] == [5, 5, 4]
     for override, words in (
         ("seed=7", "section.key=value"),
+        ("output_dir= ", "`output_dir` must name a folder"),
+        ("output_dir=", "`output_dir` must name a folder"),
         ("runs.big.training.seed=7", "changes none of the runs"),
         ("runs.small.training.sed=7", "'small'.*`training.sed`.*'seed'"),
     ):
         with pytest.raises(RecipeError, match=words):
             load_sweep(path, [override])
+
+
+def test_a_change_that_reaches_no_run_is_an_error(tmp_path):
+    own = {"A": {"training.seed": 1}, "B": {"training.seed": 2}}
+    with pytest.raises(RecipeError, match="`training.seed` reaches no run, since every run sets it itself: runs.NAME"):
+        load_sweep(write_sweep(tmp_path, runs=own), ["training.seed=7"])
+    with pytest.raises(RecipeError, match="`training.seed` reaches no run, since the `grid` sets it"):
+        load_sweep(write_sweep(tmp_path, grid={"training.seed": [0, 1]}), ["training.seed=7"])
+    parts = [{"training.seed": [0, 1]}, {"pruning.sparsity": [0.3]}]  # the second part has the seed of the change
+    sweep = load_sweep(write_sweep(tmp_path, runs=None, grid=parts), ["training.seed=7"])
+    assert [run.seed for run in sweep.runs] == [0, 1, 7]
+
+
+def test_the_home_folder_is_the_same_for_the_sweep_and_its_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for sweep in (
+        load_sweep(write_sweep(tmp_path, output_dir="~/mine")),
+        load_sweep(write_sweep(tmp_path), ["output_dir=~/mine"]),
+    ):
+        assert sweep.output_dir == tmp_path / "mine" == sweep.runs[0].folder.parent
 
 
 def test_the_resolved_file_is_the_same_sweep(tmp_path):
@@ -323,7 +348,7 @@ def test_a_sweep_from_beginning_to_end(swept, tmp_path, loads, capsys, monkeypat
     assert again.count("Run 4 of 8") == again.count("Run 8 of 8") == 1 and "Run 1 of 8" not in again
     assert made == {path: path.stat().st_mtime_ns for path in made} and len(made) == 6
 
-    for argv, words in (([], "already holds a sweep"), (["--resume", "training.seed=3"], "from another sweep")):
+    for argv, words in (([], "already holds a sweep"), (["--resume", "data.resize=true"], "from another sweep")):
         assert main(["sweep", str(tmp_path / "sweep.yaml"), *argv]) == 2
         assert words in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -365,6 +390,43 @@ def test_a_failed_first_stage_fails_its_runs_and_is_tried_once(tmp_path, hasty, 
     assert calls == ["dense", "scratch"]
     table = (tmp_path / "out" / "results.md").read_text()
     assert "rsst failed: its first stage: no luck" in table and "small failed: no luck" in table
+
+
+def test_data_that_are_not_there_are_an_error_before_anything_is_written(tmp_path, capsys):
+    path = write_sweep(tmp_path, set={"data.path": "./nowhere"})
+    assert main(["sweep", str(path)]) == 2
+    assert "'./nowhere'" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_data_that_are_not_there_fail_their_run_alone(tmp_path, hasty, capsys):
+    scratch = {"training.method": "scratch"}
+    path = write_sweep(tmp_path, runs={"there": scratch, "away": {**scratch, "data.path": "./nowhere"}, "on": scratch})
+    assert main(["sweep", str(path)]) == 2
+    assert "1 of 3 runs failed: away." in capsys.readouterr().err
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [run["status"] for run in results["runs"]] == ["finished", "failed", "finished"]
+    assert "'./nowhere'" in results["runs"][1]["reason"]
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_damaged_run_of_a_sweep_is_named(tmp_path, hasty, capsys, text):
+    path = write_sweep(tmp_path, runs={"small": {"training.method": "scratch"}})
+    assert main(["sweep", str(path)]) == 0
+    (tmp_path / "out" / "small" / "results.json").write_text(text)
+    assert main(["sweep", str(path), "--resume"]) == 2
+    assert "small/results.json' is damaged" in capsys.readouterr().err
+
+
+def test_what_the_system_reports_stops_the_sweep(tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def fails(recipe, **kwargs):
+        calls.append(recipe)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sweep_run, "run_recipe", fails)
+    assert main(["sweep", str(write_sweep(tmp_path))]) == 2
+    assert len(calls) == 1 and "No space left" in capsys.readouterr().err
 
 
 # ---- several processes, and their ends ----

@@ -109,7 +109,7 @@ def allocate(
         return {g.name: keep[g.name] for g in groups}
     if config.budget == "latency":
         if cost is None:
-            raise ValueError('budget="latency" needs `cost`, as `mamba_rsst.speed.latency_cost` measures it.')
+            raise ValueError('budget="latency" needs `cost`, as `mamba_rsst.latency.latency_cost` measures it.')
     else:
         cost = {"parameters": parameter_cost, "macs": mac_cost}[config.budget](model, groups)
     if any(g.blocks is not None and dense[g.name] != g.size for g in groups):

@@ -25,7 +25,7 @@ def select_channels(
 
     calibration: batches (dicts of the model's arguments) for scores that look at data.
     dense: widths that the fractions refer to, group name -> width; default the current ones.
-    cost: for budget="latency", masks -> milliseconds; see `mamba_rsst.speed.latency_cost`.
+    cost: for budget="latency", masks -> milliseconds; see `mamba_rsst.latency.latency_cost`.
     scores: what `score_groups` gave, to choose by without scoring again.
     With dt_rank_method="svd" the masks of dt_rank are for the model after `align_(model, config)`.
     """

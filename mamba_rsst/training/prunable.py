@@ -5,21 +5,35 @@ import dataclasses
 import torch
 
 from ..pruning import PruningConfig, find_groups, select_channels
+from ..pruning.config import BUDGETS
 from ..pruning.weight_masks import check_weight_pruning
-from .arguments import RSSTConfig
+from .arguments import UNPRUNED, RSSTConfig
+
+
+def check_agreement(method: str, pruning: PruningConfig, round_rate: float | None = None, num_rounds: int = 1) -> None:
+    """Raises ValueError where the training's settings and those of the pruning contradict each other on any model."""
+    if pruning.budget == "latency" and method not in ("dense", "unstructured"):
+        others = [name for name in BUDGETS if name != "latency"]
+        raise ValueError(
+            f"A run cannot follow budget='latency', measured for one cut (mamba-rsst prune): choose from {others}."
+        )
+    if method in UNPRUNED:
+        return
+    if round_rate is not None:
+        removed = 1.0 - (1.0 - round_rate) ** num_rounds
+        if isinstance(pruning.sparsity, dict) or abs(pruning.sparsity - removed) > 1e-3:
+            raise ValueError(
+                f"`round_rate` {round_rate} removes {removed:.4f} in {num_rounds} rounds, but the pruning "
+                f"config's `sparsity` is {pruning.sparsity}: give it that number."
+            )
+    if method == "unstructured":
+        check_weight_pruning(pruning)
 
 
 def check_prunable(model, args: RSSTConfig, pruning: PruningConfig) -> None:
     """What would fail at the first cut, hours later, fails now: a target that is not there, a budget out of reach."""
-    if args.round_rate is not None:
-        removed = 1.0 - (1.0 - args.round_rate) ** args.num_rounds
-        if isinstance(pruning.sparsity, dict) or abs(pruning.sparsity - removed) > 1e-3:
-            raise ValueError(
-                f"`round_rate` {args.round_rate} removes {removed:.4f} in {args.num_rounds} rounds, but the pruning "
-                f"config's `sparsity` is {pruning.sparsity}: give it that number."
-            )
+    check_agreement(args.method, pruning, args.round_rate, args.num_rounds)
     if args.method == "unstructured":
-        check_weight_pruning(pruning)
         find_groups(model, pruning.targets)
         return
     one_width = not hasattr(model.config, "set_widths")

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -159,6 +160,18 @@ def save_masks(masks: Masks, path: Path) -> None:
 
 def load_masks(path: Path) -> Masks:
     return load_file(path)
+
+
+def surviving_blocks(masks: Iterable[Masks]) -> list[int] | None:
+    """The dense model's blocks, by their place in it, that cuts by these masks leave, one cut after the other. A cut
+    numbers the blocks anew. None where no mask is of whole blocks."""
+    alive = None
+    for chosen in masks:
+        for name, mask in chosen.items():
+            if name.endswith(":num_hidden_layers"):
+                places = range(len(mask)) if alive is None else alive
+                alive = [place for place, keep in zip(places, mask.tolist(), strict=True) if keep]
+    return alive
 
 
 WHOLE = ("optimizer.pt",)

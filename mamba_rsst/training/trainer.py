@@ -563,6 +563,15 @@ class RSSTTrainer(Trainer):
             revision=revision,
         )
 
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        """Trainer's; a `metric_for_best_model` that the evaluation does not give is the user's mistake."""
+        try:
+            return super()._maybe_log_save_evaluate(*args, **kwargs)
+        except KeyError as error:
+            if "metric_for_best_model" not in str(error):
+                raise
+            raise ValueError(error.args[0]) from error
+
     def get_decay_parameter_names(self, model) -> list[str]:
         """Trainer's, less what the model says weight decay must leave alone (A_log, D, biases, norms, tokens)."""
         spared = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()

@@ -13,6 +13,7 @@ from mamba_rsst.training.rounds import (
     plan_stages,
     remove_checkpoints,
     save_masks,
+    surviving_blocks,
 )
 
 
@@ -207,3 +208,14 @@ def test_a_checkpoint_of_several_processes_is_whole_when_all_have_written(tmp_pa
     checkpoint(tmp_path, 2, random_numbers=("rng_state_0.pth",))
     assert last_complete_checkpoint(tmp_path, 2) == whole
     assert last_complete_checkpoint(tmp_path) is None  # the random numbers of one process are not those of two
+
+
+def test_blocks_are_called_by_their_place_in_the_dense_model():
+    def removes(*keep):
+        return {"layers.0.mixer:d_inner": torch.tensor([True]), "model:num_hidden_layers": torch.tensor(keep).bool()}
+
+    assert (
+        surviving_blocks([]) is None and surviving_blocks([{"layers.0.mixer:d_inner": torch.tensor([True])}]) is None
+    )
+    assert surviving_blocks([removes(0, 1, 1, 0, 1)]) == [1, 2, 4]
+    assert surviving_blocks([removes(0, 1, 1, 0, 1), {}, removes(1, 0, 1)]) == [1, 4]

@@ -405,6 +405,12 @@ def test_evaluating_leaves_the_random_numbers_of_training_alone(tmp_path):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_a_best_model_by_an_unknown_metric_is_the_users_mistake(tmp_path):
+    arguments = dict(load_best_model_at_end=True, eval_strategy="epoch", save_strategy="epoch")
+    with pytest.raises(ValueError, match="'eval_precision'.*'eval_accuracy'"):
+        make_trainer(tmp_path, metric_for_best_model="precision", **arguments).train()
+
+
 def test_the_best_checkpoint_of_a_decaying_stage_is_not_brought_back(tmp_path):
     """It is the one in which the leaving channels still are what they were."""
     arguments = dict(load_best_model_at_end=True, eval_strategy="epoch", save_strategy="epoch", rsst_epochs=3)
