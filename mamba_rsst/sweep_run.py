@@ -23,7 +23,7 @@ WAIT_SECONDS = 2.0
 
 
 def run_sweep(sweep: Sweep, resume: bool = False) -> dict:
-    """Make the sweep's runs that are neither finished nor held by another process. Returns the results so far.
+    """Make the sweep's runs that no other process makes, and wait for the others. Returns the results.
 
     resume: go on with the sweep in its folder; several processes may work on one, each started so. results.json,
     results.md and the figure are written anew after every run. A run that raises ValueError, or whose data are
@@ -43,7 +43,7 @@ def run_sweep(sweep: Sweep, resume: bool = False) -> dict:
     _claim(sweep, resume)
     while todo:
         outcomes = [worker.attempt(run) for run in todo]
-        todo = [run for run, outcome in zip(todo, outcomes) if outcome == "waits"]
+        todo = [run for run, outcome in zip(todo, outcomes) if outcome != "done"]
         if todo and "done" not in outcomes:
             time.sleep(WAIT_SECONDS)
     return gather(sweep)
@@ -125,6 +125,13 @@ def _of_the_run(error: Exception) -> bool:
     return not isinstance(error, OSError) or error.errno is None
 
 
+def _free_memory() -> None:
+    gc.collect()  # a trainer's circles of references hold models
+    torch._dynamo.reset()  # the next run's blocks have other widths
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 class _Worker:
     """One process's work on a sweep. Keeps the data that were loaded last, and the first stages that failed here."""
 
@@ -134,10 +141,10 @@ class _Worker:
         self._failed: dict[Path, str] = {}
 
     def attempt(self, run: Run) -> str:
-        """ "done", now or before, well or badly; "held" by another process; "waits" for another's first stage."""
+        """ "done", now or before, well or badly; "waits" for another process, which makes it or its first stage."""
         with _lock(_lock_file(run.folder)) as mine:
             if not mine:
-                return "held"
+                return "waits"  # and take it, should that process die
             if _finished(run.folder):
                 return "done"
             try:
@@ -146,9 +153,10 @@ class _Worker:
                 self._say(f"Run {self.sweep.runs.index(run) + 1} of {len(self.sweep.runs)}: {run.title}")
                 self._make(run.recipe, run.first_stage and folder_of(run.first_stage))
                 _failure_file(run.folder).unlink(missing_ok=True)
-            except (ValueError, OSError) as error:
+            except (ValueError, OSError, torch.OutOfMemoryError) as error:
                 if not _of_the_run(error):
                     raise
+                _free_memory()
                 reason = " ".join(str(error).split())
                 self._say(f"Failed: {reason}")
                 report.write_atomic(_failure_file(run.folder), reason)
@@ -178,10 +186,7 @@ class _Worker:
     def _make(self, recipe: Recipe, first_stage: Path | None = None) -> None:
         resume = (folder_of(recipe) / RECIPE_FILE).is_file()
         run_recipe(recipe, resume=resume, data=self.load(recipe), first_stage=first_stage)
-        gc.collect()  # a trainer's circles of references hold models
-        torch._dynamo.reset()  # the next run's blocks have other widths
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        _free_memory()
 
     def load(self, recipe: Recipe):
         """The recipe's data, kept for the next run if it has the same."""

@@ -5,6 +5,8 @@ off again. Training needs them beside it, to put the zeros back after every step
 faster: the method is there to be compared with.
 """
 
+import dataclasses
+import warnings
 from collections.abc import Iterable
 
 import torch
@@ -60,6 +62,10 @@ def check_weight_pruning(config: PruningConfig) -> None:
             raise ValueError(f"Single weights are scored by one of {list(WEIGHT_SCORES[1:])}, not by {name!r}.")
     if "num_hidden_layers" in config.targets:
         raise ValueError("Single weights are masked inside blocks: leave num_hidden_layers out of `targets`.")
+    defaults = {f.name: f.default for f in dataclasses.fields(PruningConfig)}
+    changed = [name for name in ("floor", "allocation", "normalization") if getattr(config, name) != defaults[name]]
+    if changed:
+        warnings.warn(f"Masks of single weights know no channels: {changed} is ignored.", stacklevel=2)
     if config.budget != "channels":
         raise ValueError(f"Masks remove a fraction of the weights; budget={config.budget!r} is for channels.")
 

@@ -207,6 +207,11 @@ class RSSTConfig(TrainingArguments):
         optimizer = str(getattr(self.optim, "value", self.optim))
         if self.ema_decay > 0 and optimizer.startswith("schedule_free"):
             raise ValueError(f"`ema_decay` does not go with optim={optimizer!r}, which averages the weights itself.")
+        if self.method not in UNPRUNED and optimizer.startswith("schedule_free"):
+            raise ValueError(
+                f"optim={optimizer!r} keeps weights of its own and would bring back what is decayed or masked; prune "
+                "with another optimizer."
+            )
         if not 0.0 <= self.distillation_weight <= 1.0:
             raise ValueError(f"`distillation_weight` must be in [0, 1], got {self.distillation_weight}.")
         if self.distillation_temperature <= 0:

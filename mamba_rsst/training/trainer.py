@@ -186,7 +186,9 @@ class RSSTTrainer(Trainer):
 
     def _settings(self) -> dict:
         """What a run may not change when it is resumed, as JSON holds it."""
-        names = [*RSSTConfig.__annotations__, "learning_rate", "num_train_epochs", "weight_decay", "seed"]
+        # Not the batch sizes: other processes may share the same batch out in other ways.
+        names = [*RSSTConfig.__annotations__, "learning_rate", "num_train_epochs", "weight_decay", "seed", "optim"]
+        names += ["lr_scheduler_type", "warmup_steps", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon"]
         settings = {name: getattr(self.args, name) for name in names if name not in _FREE}
         if self.pruning is not None:
             settings["pruning"] = dataclasses.asdict(self.pruning)
