@@ -509,7 +509,14 @@ def test_other_arguments_models_and_optimizers_are_refused(tmp_path):
 
 def test_a_rewind_step_beyond_the_first_stage(tmp_path):
     with pytest.raises(ValueError, match="`rewind_step` is 4, but the first stage has 3 steps"):
-        run(tmp_path, method="refill", rewind="step", rewind_step=4)
+        run(tmp_path / "run", method="refill", rewind="step", rewind_step=4)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_schedule_that_lacks_its_arguments_is_an_error_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match="`lr_scheduler_kwargs` do not fit 'warmup_stable_decay': .*num_decay_steps"):
+        run(tmp_path / "run", method="prune", lr_scheduler_type="warmup_stable_decay")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_that_holds_a_run_is_left_alone(tmp_path):
