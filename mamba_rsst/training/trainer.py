@@ -227,6 +227,9 @@ class RSSTTrainer(Trainer):
                     self._average.start(self.model, checkpoint)
                 output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
             self._forget_graphs()
+            if not all(bool(weight.isfinite().all()) for weight in self.model.parameters()):
+                # They would still be scored: of nothing but NaN the first class is the largest.
+                raise ValueError(f"The weights are not finite after stage {stage.name!r}: its training has diverged.")
         else:
             self.state.log_history, self.state.epoch = [], 0
         if stage.cut:

@@ -513,6 +513,18 @@ def test_a_rewind_step_beyond_the_first_stage(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "stage, arguments",
+    [
+        ("train", dict(method="dense", learning_rate=1e20)),
+        ("recover-1", dict(method="prune", recovery_learning_rate=1e20)),
+    ],
+)
+def test_a_diverged_stage_is_no_result(tmp_path, stage, arguments):
+    with pytest.raises(ValueError, match=f"not finite after stage '{stage}': its training has diverged"):
+        run(tmp_path, max_grad_norm=0.0, **arguments)
+
+
 def test_a_schedule_that_lacks_its_arguments_is_an_error_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match="`lr_scheduler_kwargs` do not fit 'warmup_stable_decay': .*num_decay_steps"):
         run(tmp_path / "run", method="prune", lr_scheduler_type="warmup_stable_decay")
