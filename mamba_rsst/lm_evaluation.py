@@ -143,7 +143,9 @@ def load_tokenizer(path):
     name = str(path)
     # Without this transformers makes up an empty tokenizer for some architectures.
     if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in _TOKENIZER_FILES):
-        raise FileNotFoundError(f"There is no tokenizer in {name!r}: save it beside the model, or give `tokenizer`.")
+        raise FileNotFoundError(
+            f"There is no tokenizer in {name!r}: save it beside the model, or give `tokenizer` (--tokenizer)."
+        )
     try:
         return AutoTokenizer.from_pretrained(name)
     except OSError as error:

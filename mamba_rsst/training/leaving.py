@@ -100,12 +100,16 @@ class Leaving:
         return args.lambda_max
 
     def check(self, stages: list[Stage], samples: int) -> None:
-        """Settings under which the penalty cannot work are an error now, not when its stage begins."""
-        for stage in {stage.spread: stage for stage in stages if stage.decay}.values():
-            args = self.args
-            batches = samples / (args.train_batch_size * args.world_size)
-            batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
-            steps = math.ceil(stage.epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
+        """Settings under which a stage cannot work are an error now, not when it begins."""
+        args = self.args
+        batches = samples / (args.train_batch_size * args.world_size)
+        batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+        per_epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
+        first = math.ceil(stages[0].epochs * per_epoch)
+        if args.method != "scratch" and args.rewinds_to == "step" and args.rewind_step > first:
+            raise ValueError(f"`rewind_step` is {args.rewind_step}, but the first stage has {first} steps.")
+        for stage in {(stage.decay, stage.spread): stage for stage in stages if stage.epochs > 0}.values():
+            steps = math.ceil(stage.epochs * per_epoch)
             optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=stage.learning_rate)
             kind = args.scheduler_of(stage.decay)
             try:
@@ -118,7 +122,8 @@ class Leaving:
                 )
             except TypeError as error:
                 raise ValueError(f"`lr_scheduler_kwargs` do not fit {kind.value!r}: {error}") from error
-            self._strength(stage, scheduler, steps)
+            if stage.decay:
+                self._strength(stage, scheduler, steps)
 
     # ---- at each step ----
     def lasso(self) -> Tensor:

@@ -100,7 +100,9 @@ class RSSTTrainer(Trainer):
         if args.cuda_graphs and (args.device.type != "cuda" or args.world_size * args.n_gpu > 1):
             here = f"{args.world_size * max(1, args.n_gpu)} x {args.device.type}"
             raise ValueError(f"`cuda_graphs` needs one process on one CUDA GPU; this run has {here}.")
-        stages = plan_stages(args)
+        stages, leaving = plan_stages(args), Leaving(args)
+        if hasattr(samples, "__len__"):
+            leaving.check(stages, len(samples))
         super().__init__(model=model, args=args, **kwargs)
         if self.is_deepspeed_enabled and (args.method not in UNPRUNED or args.ema_decay > 0):
             raise ValueError("Weights that DeepSpeed has sharded cannot be scored, cut or averaged; use FSDP 2.")
@@ -118,13 +120,11 @@ class RSSTTrainer(Trainer):
         self.run_state: RunState | None = None
         self.teacher = None
         self._stage: Stage | None = None
-        self._leaving = Leaving(args)
+        self._leaving = leaving
         self._graphed: GraphedStep | None = None
         self._clock = (time.perf_counter(), 0)
         self._parameter_count: int | None = None
         self._clipped: list | None = None
-        if hasattr(self.train_dataset, "__len__"):
-            self._leaving.check(stages, len(self.train_dataset))
         self._average = WeightAverage(args.ema_decay)
         self.callback_handler.callbacks.insert(0, self._average)  # others see the average when a stage's training ends
         self.add_callback(_StageCallback(self))
@@ -229,6 +229,9 @@ class RSSTTrainer(Trainer):
                     self._average.start(self.model, checkpoint)
                 output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
             self._forget_graphs()
+            if not all(bool(weight.isfinite().all()) for weight in self.model.parameters()):
+                # They would still be scored: of nothing but NaN the first class is the largest.
+                raise ValueError(f"The weights are not finite after stage {stage.name!r}: its training has diverged.")
         else:
             self.state.log_history, self.state.epoch = [], 0
         if stage.cut:

@@ -517,7 +517,26 @@ def test_other_arguments_models_and_optimizers_are_refused(tmp_path):
 
 def test_a_rewind_step_beyond_the_first_stage(tmp_path):
     with pytest.raises(ValueError, match="`rewind_step` is 4, but the first stage has 3 steps"):
-        run(tmp_path, method="refill", rewind="step", rewind_step=4)
+        run(tmp_path / "run", method="refill", rewind="step", rewind_step=4)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "stage, arguments",
+    [
+        ("train", dict(method="dense", learning_rate=1e20)),
+        ("recover-1", dict(method="prune", recovery_learning_rate=1e20)),
+    ],
+)
+def test_a_diverged_stage_is_no_result(tmp_path, stage, arguments):
+    with pytest.raises(ValueError, match=f"not finite after stage '{stage}': its training has diverged"):
+        run(tmp_path, max_grad_norm=0.0, **arguments)
+
+
+def test_a_schedule_that_lacks_its_arguments_is_an_error_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match="`lr_scheduler_kwargs` do not fit 'warmup_stable_decay': .*num_decay_steps"):
+        run(tmp_path / "run", method="prune", lr_scheduler_type="warmup_stable_decay")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_that_holds_a_run_is_left_alone(tmp_path):
