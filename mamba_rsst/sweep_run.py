@@ -45,6 +45,7 @@ def run_sweep(sweep: Sweep, resume: bool = False) -> dict:
         outcomes = [worker.attempt(run) for run in todo]
         todo = [run for run, outcome in zip(todo, outcomes) if outcome != "done"]
         if todo and "done" not in outcomes:
+            worker.say_that_it_waits(len(todo))
             time.sleep(WAIT_SECONDS)
     return gather(sweep)
 
@@ -138,6 +139,7 @@ class _Worker:
     def __init__(self, sweep: Sweep):
         self.sweep = sweep
         self._data = (None, None)
+        self._waits = False
         self._failed: dict[Path, str] = {}
 
     def attempt(self, run: Run) -> str:
@@ -196,6 +198,11 @@ class _Worker:
             self._data = (None, None)  # never two of them in memory
             self._data = (wanted, task.load_data(recipe))
         return self._data[1]
+
+    def say_that_it_waits(self, runs: int) -> None:
+        if not self._waits:
+            self._waits = True
+            self._say(f"Waiting for {runs} run{'s' * (runs > 1)} that another process makes")
 
     def _say(self, text: str) -> None:
         from rich.console import Console

@@ -1,3 +1,4 @@
+import contextlib
 import functools
 import json
 import os
@@ -457,16 +458,23 @@ def test_a_sweep_goes_on_in_the_middle_of_a_run(tmp_path, hasty, monkeypatch, ca
     assert_same_state(models[1].state_dict(), models[0].state_dict())
 
 
-def test_a_run_that_another_process_holds_is_left_to_it(tmp_path, hasty, capsys):
+def test_a_run_that_another_process_holds_is_left_to_it_and_taken_when_that_dies(tmp_path, hasty, capsys, monkeypatch):
     path = write_sweep(tmp_path)
     sweep = load_sweep(path)
     sweep_run._claim(sweep, resume=False)
-    with sweep_run._lock(sweep_run._lock_file(sweep.runs[1].folder)) as mine:
-        assert mine and main(["sweep", str(path), "--resume"]) == 0
+    held = contextlib.ExitStack()
+    assert held.enter_context(sweep_run._lock(sweep_run._lock_file(sweep.runs[1].folder)))
+
+    def holder_dies(seconds):
+        results = json.loads((tmp_path / "out" / "results.json").read_text())
+        assert [run["status"] for run in results["runs"]] == ["finished", "not finished", "finished"]
+        held.close()
+
+    monkeypatch.setattr(sweep_run.time, "sleep", holder_dies)
+    assert main(["sweep", str(path), "--resume"]) == 0
+    assert "Waiting for 1 run that another process makes" in capsys.readouterr().out
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert [run["status"] for run in results["runs"]] == ["finished", "not finished", "finished"]
-    with sweep_run._lock(sweep_run._lock_file(sweep.runs[1].folder)) as mine:
-        assert mine  # the lock ended with its holder
+    assert [run["status"] for run in results["runs"]] == ["finished"] * 3
 
 
 QUICK = """
