@@ -201,5 +201,5 @@ def remove_checkpoints(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-NOT_UPLOADED = ["_*", "stages/*", "start/*", RunFolder.STATE, "training_args.bin"]
+NOT_UPLOADED = ["_*", "report.html", "stages/*", "start/*", RunFolder.STATE, "training_args.bin"]
 """What of a run's folder is no part of the model: patterns as `upload_folder` takes them."""
