@@ -14,6 +14,8 @@ MISSING = "–"
 
 RECIPE_FILE, RESULTS_FILE, LOG_FILE = "recipe.yaml", "results.json", "training_log.jsonl"
 """In a run's folder: the first says that it is one, the second that the run is finished."""
+SWEEP_FILE = "sweep.yaml"
+"""In a sweep's folder."""
 
 
 def write_atomic(path, content: bytes | str) -> Path:

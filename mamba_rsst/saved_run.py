@@ -4,8 +4,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .report import COLUMNS, LOG_FILE, RECIPE_FILE, RESULTS_FILE, columns_of
-from .sweep import SWEEP_FILE
+from .report import COLUMNS, LOG_FILE, RECIPE_FILE, RESULTS_FILE, SWEEP_FILE, columns_of
 from .training.rounds import RunFolder, surviving_blocks
 
 

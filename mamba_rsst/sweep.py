@@ -16,13 +16,13 @@ from pathlib import Path
 import yaml
 
 from .recipe import Recipe, RecipeError, build_recipe, check_keys, parse_override, read_yaml, set_key
+from .report import SWEEP_FILE
 from .training.arguments import RSSTConfig
 from .training.first_stage import LATER, first_stage_settings
 from .training.rounds import plan_stages
 
 
 FIRST_STAGES = "first-stages"
-SWEEP_FILE = "sweep.yaml"
 TAKEN = (FIRST_STAGES, "figures", "gather", "results.json", "results.md", SWEEP_FILE)
 """What stands in a sweep's folder beside its runs, the lock of `sweep_run.gather` too."""
 LONGEST = 200

@@ -12,10 +12,10 @@ import torch
 
 from . import report, sweep_report
 from .recipe import Recipe, RecipeError
-from .report import RECIPE_FILE, RESULTS_FILE
+from .report import RECIPE_FILE, RESULTS_FILE, SWEEP_FILE
 from .run import run_recipe
 from .saved_run import read_results
-from .sweep import SWEEP_FILE, Run, Sweep, beginning_of, folder_of, network_of, seed_of
+from .sweep import Run, Sweep, beginning_of, folder_of, network_of, seed_of
 from .tasks import TASKS
 
 
