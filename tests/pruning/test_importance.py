@@ -341,7 +341,7 @@ def test_bf16_models_are_scored_in_fp32():
             if importance not in (
                 "taylor",
                 "saliency",
-            ):  # differences of large numbers: the rounding of gradients stays
+            ):  # differences of large numbers: rounding stays
                 rtol = 0.2 if importance == "state_energy" else 0.05  # to the fourth power in what is rounded
                 torch.testing.assert_close(values, wanted[name], rtol=rtol, atol=0)
 
