@@ -15,7 +15,7 @@ from .tasks import TASKS, Task
 from .training.arguments import RSSTConfig
 from .training.augmentation import AugmentationConfig
 from .training.data import ImageDataConfig
-from .training.prunable import check_agreement
+from .training.prunable import check_agreement, removed_by
 from .training.text import TextDataConfig
 
 
@@ -149,7 +149,7 @@ def build_recipe(content: dict, default_output: str = "runs/run") -> Recipe:
 def _with_rate(pruning, training: dict):
     """The section `pruning` with the sparsity that training.round_rate comes to, unless it names one itself."""
     if isinstance(pruning, dict) and "sparsity" not in pruning and training.get("round_rate") is not None:
-        return {**pruning, "sparsity": 1.0 - (1.0 - training["round_rate"]) ** training.get("num_rounds", 1)}
+        return {**pruning, "sparsity": removed_by(training["round_rate"], training.get("num_rounds", 1))}
     return pruning
 
 

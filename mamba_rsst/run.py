@@ -1,6 +1,5 @@
 """One recipe from beginning to end: data, model, stages, then the table, the figures and the model card."""
 
-import copy
 import dataclasses
 import json
 import platform
@@ -42,7 +41,7 @@ def run_recipe(recipe: Recipe, resume: bool = False, data=None, first_stage=None
     set_seed(args.seed)
     data = task.load_data(recipe) if data is None else data
     set_seed(args.seed)  # the same start whether the data were loaded here or given
-    trainer = _trainer(recipe, args, _start_model(task, recipe, data), data)
+    trainer = _trainer(recipe, args, _start_model(task, recipe, data, args.seed), data)
     trainer.accelerator.wait_for_everyone()  # every process has found the folder free before one writes to it
     if trainer.is_world_process_zero():
         _claim(folder, recipe, resume)
@@ -94,17 +93,16 @@ def _check_first_stage(recipe: Recipe, source: Path) -> None:
         raise ValueError(f"{str(source)!r} cannot give this run its first stage: they differ in {', '.join(names)}.")
 
 
-def _start_model(task, recipe: Recipe, data):
+def _start_model(task, recipe: Recipe, data, seed: int):
     """The model that the run starts from. Of method "scratch": as small as every layer losing the same fraction makes
     it, with new weights."""
     model = task.start_model(recipe, data)
     if recipe.training.get("method") != "scratch":
         return model
     even = {"scope": "layer", "importance": "random", "allocation": "scores", "dt_rank_method": "select"}
-    smaller = copy.deepcopy(model)
-    prune_(smaller, dataclasses.replace(recipe.pruning, **even))
-    set_seed(recipe.training_arguments().seed)
-    return type(model)(smaller.config)
+    prune_(model, dataclasses.replace(recipe.pruning, **even))
+    set_seed(seed)
+    return type(model)(model.config)
 
 
 def _trainer(recipe: Recipe, args, model, data) -> RSSTTrainer:

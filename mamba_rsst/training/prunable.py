@@ -10,6 +10,11 @@ from ..pruning.weight_masks import check_weight_pruning
 from .arguments import UNPRUNED, RSSTConfig
 
 
+def removed_by(round_rate: float, num_rounds: int) -> float:
+    """The sparsity that rounds come to which each remove the same fraction of what is left."""
+    return 1.0 - (1.0 - round_rate) ** num_rounds
+
+
 def check_agreement(method: str, pruning: PruningConfig, round_rate: float | None = None, num_rounds: int = 1) -> None:
     """Raises ValueError where the training's settings and those of the pruning contradict each other on any model."""
     if pruning.budget == "latency" and method not in ("dense", "unstructured"):
@@ -20,7 +25,7 @@ def check_agreement(method: str, pruning: PruningConfig, round_rate: float | Non
     if method in UNPRUNED:
         return
     if round_rate is not None:
-        removed = 1.0 - (1.0 - round_rate) ** num_rounds
+        removed = removed_by(round_rate, num_rounds)
         if isinstance(pruning.sparsity, dict) or abs(pruning.sparsity - removed) > 1e-3:
             raise ValueError(
                 f"`round_rate` {round_rate} removes {removed:.4f} in {num_rounds} rounds, but the pruning "
