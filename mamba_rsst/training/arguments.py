@@ -112,6 +112,13 @@ class RSSTConfig(TrainingArguments):
         },
     )
     distillation_temperature: float = field(default=2.0, metadata={"help": "Temperature T of the soft targets."})
+    distillation_hidden_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the relative squared distance between the residual streams of the model and the dense "
+            "one, block by block, added to the loss after the first stage; 0 = off, 1 to 10 is usual."
+        },
+    )
     ema_decay: float = field(
         default=0.0,
         metadata={
@@ -184,7 +191,7 @@ class RSSTConfig(TrainingArguments):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         rates = ("learning_rate", "rsst_learning_rate", "recovery_learning_rate")
-        for name in ("rsst_epochs", "recovery_epochs", "spread_epochs", "lambda_max", *rates):
+        for name in ("rsst_epochs", "recovery_epochs", "spread_epochs", "lambda_max", "distillation_hidden_weight", *rates):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise ValueError(f"`{name}` must be >= 0 and finite, got {value}.")
@@ -291,6 +298,7 @@ class RSSTConfig(TrainingArguments):
         if self.method in UNPRUNED:
             ignored += ["num_rounds", "round_rate", "spread_epochs", "spread_residual", "ramp"]
             ignored += ["recovery_epochs", "recovery_learning_rate", "distillation_weight"]
+            ignored += ["distillation_hidden_weight"]
             if self.method == "scratch" or self.rewind != "step":  # dense: for runs that take its stage over
                 ignored += ["rewind"]
         defaults = {f.name: f.default for f in fields(self)}

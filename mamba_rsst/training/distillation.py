@@ -1,4 +1,6 @@
-"""Soft targets: the divergence of the student's softened predictions from the teacher's."""
+"""What a student learns from its teacher: softened predictions, and the residual stream on the way to them."""
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +33,34 @@ def soft_target_loss(
     if items is None:
         items = weights.sum().clamp(min=1.0)
     return _SoftTargets.apply(student, teacher, weights / items, temperature)
+
+
+def hidden_state_loss(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    blocks: Sequence[int] | None = None,
+    channels: Tensor | None = None,
+) -> Tensor:
+    """How far the student's residual stream is from the teacher's: mean_l ||s_l - t_l||^2 / ||t_l||^2, fp32 scalar.
+
+    A model whose inner widths were cut still has the stream of the dense one, so its layers need no projection to be
+    compared (as layer-wise distillation does with a learnt one: TinyBERT, arXiv:1909.10351; CoFi, arXiv:2204.00408).
+    Relative, because a pre-norm stream grows from layer to layer.
+
+    student, teacher: the stream before each block and at the end, (B, L, D) each, as `hidden_states` of our models.
+    blocks: the teacher's block that each of the student's was, where whole blocks are gone; default the same.
+    channels: indices (D_student,) of the teacher's hidden_size that the student has kept; default all.
+    Raises ValueError where the numbers of states do not go together.
+    """
+    places = [*(range(len(teacher) - 1) if blocks is None else blocks), len(teacher) - 1]
+    if len(places) != len(student):
+        raise ValueError(f"The student has {len(student)} hidden states, {len(places)} of the teacher's answer them.")
+    errors = []
+    for s, place in zip(student, places):
+        t = teacher[place].detach()
+        t = (t if channels is None else t.index_select(-1, channels)).float()
+        errors.append((s.float() - t).square().mean() / t.square().mean().clamp(min=1e-12))
+    return torch.stack(errors).mean()
 
 
 class _SoftTargets(torch.autograd.Function):

@@ -162,16 +162,21 @@ def load_masks(path: Path) -> Masks:
     return load_file(path)
 
 
-def surviving_blocks(masks: Iterable[Masks]) -> list[int] | None:
-    """The dense model's blocks, by their place in it, that cuts by these masks leave, one cut after the other. A cut
-    numbers the blocks anew. None where no mask is of whole blocks."""
+def survivors(masks: Iterable[Masks], dim: str) -> list[int] | None:
+    """The dense model's channels of a dimension that it has once ("num_hidden_layers", "hidden_size"), by their place
+    in it, that cuts by these masks leave, one cut after the other. A cut numbers them anew. None where no mask is of
+    that dimension."""
     alive = None
     for chosen in masks:
         for name, mask in chosen.items():
-            if name.endswith(":num_hidden_layers"):
+            if name.endswith(f":{dim}"):
                 places = range(len(mask)) if alive is None else alive
                 alive = [place for place, keep in zip(places, mask.tolist(), strict=True) if keep]
     return alive
+
+
+def surviving_blocks(masks: Iterable[Masks]) -> list[int] | None:
+    return survivors(masks, "num_hidden_layers")
 
 
 WHOLE = ("optimizer.pt",)

@@ -34,7 +34,7 @@ from .arguments import UNPRUNED, RSSTConfig
 from .averaging import WeightAverage
 from .compiling import compile_blocks_, few_shapes, uncompile_blocks_
 from .data import EpochSampler
-from .distillation import soft_target_loss
+from .distillation import hidden_state_loss, soft_target_loss
 from .first_stage import copy_first_stage, read_first_stage
 from .graphed_step import GraphedStep
 from .leaving import Leaving
@@ -51,6 +51,7 @@ from .rounds import (
     remove_checkpoints,
     save_masks,
     save_tensors,
+    survivors,
 )
 from .sharding import check_sharding, checkpoint_files, copy_marks, copy_to_shard, gather_, reshard_
 
@@ -119,6 +120,7 @@ class RSSTTrainer(Trainer):
         self.run_folder = RunFolder(args.output_dir)
         self.run_state: RunState | None = None
         self.teacher = None
+        self._answering = (None, None)  # the teacher's blocks and channels that the model still has
         self._stage: Stage | None = None
         self._leaving = leaving
         self._graphed: GraphedStep | None = None
@@ -493,7 +495,11 @@ class RSSTTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The task's loss, plus distillation and group lasso where the stage asks for them (training only)."""
+        taught = self.teacher is not None and model.training
         labels = inputs.get("labels")  # label smoothing takes them out of the inputs
+        given = {k: v for k, v in inputs.items() if k != "labels"}  # to the teacher
+        if taught and self.args.distillation_hidden_weight > 0:
+            given["output_hidden_states"] = inputs["output_hidden_states"] = True
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
             # Trainer divides by the accumulation steps unless the model's loss has been given the number of items.
@@ -501,31 +507,44 @@ class RSSTTrainer(Trainer):
                 self.model_accepts_loss_kwargs and num_items_in_batch is not None
             )
             share = 1.0 / self.current_gradient_accumulation_steps if whole else 1.0
-            if self.teacher is not None:
-                weight = self.args.distillation_weight
-                soft = self._distillation(inputs, labels, outputs, num_items_in_batch if whole else None)
-                loss = (1.0 - weight) * loss + weight * soft
+            if taught:
+                loss = self._taught(loss, given, labels, outputs, num_items_in_batch if whole else None, share)
             if self._leaving.penalty() == "group_lasso":
                 loss = loss + share * self._leaving.lasso()
         return (loss, outputs) if return_outputs else loss
 
-    def _distillation(self, inputs, labels, outputs, items):
-        """The soft targets' loss, scaled as the task's: a mean, or a sum over `items` of all micro-batches."""
+    def _taught(self, loss, inputs, labels, outputs, items, share):
+        """The loss with what the teacher adds: soft targets, scaled as the task's (a mean, or a sum over `items` of
+        all micro-batches), and the distance of the hidden states, a mean."""
         with torch.no_grad(), self.accelerator.autocast():
-            teacher = self.teacher(**{k: v for k, v in inputs.items() if k != "labels"}).logits
-        student = outputs["logits"] if isinstance(outputs, dict) else outputs[1]
-        if torch.is_tensor(items):
-            items = items.flatten()[0]  # DataParallel gives each replica one
-        loss = soft_target_loss(student, teacher, labels, self.args.distillation_temperature, items)
-        if items is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes  # `items` are those of all processes, which are averaged over
+            teacher = self.teacher(**inputs)
+        weight, hidden = self.args.distillation_weight, self.args.distillation_hidden_weight
+        if weight > 0:
+            student = outputs["logits"] if isinstance(outputs, dict) else outputs[1]
+            if torch.is_tensor(items):
+                items = items.flatten()[0]  # DataParallel gives each replica one
+            soft = soft_target_loss(student, teacher.logits, labels, self.args.distillation_temperature, items)
+            if items is not None and self.args.average_tokens_across_devices:
+                soft = soft * self.accelerator.num_processes  # `items` are all processes', which are averaged over
+            loss = (1.0 - weight) * loss + weight * soft
+        if hidden > 0:
+            far = hidden_state_loss(outputs["hidden_states"], teacher.hidden_states, *self._answering)
+            loss = loss + hidden * share * far
         return loss
 
     def _load_teacher(self, stage: Stage) -> None:
-        wanted = self.args.distillation_weight > 0 and stage.round > 0 and stage.epochs > 0
+        weights = self.args.distillation_weight, self.args.distillation_hidden_weight
+        wanted = max(weights) > 0 and stage.round > 0 and stage.epochs > 0
         if not wanted:
             self.teacher = None
-        elif self.teacher is None:
+            return
+        index = self.stages.index(stage)
+        folders = (self.run_folder.stage(i, s) for i, s in enumerate(self.stages[:index]) if s.cut and self._channels)
+        cuts = [load_masks(folder / "masks.safetensors") for folder in folders]
+        channels = survivors(cuts, "hidden_size")
+        channels = None if channels is None else torch.tensor(channels, device=self.args.device)
+        self._answering = survivors(cuts, "num_hidden_layers"), channels
+        if self.teacher is None:
             dense = self.run_folder.model(1, self.stages)
             self.teacher = type(self.model).from_pretrained(dense).eval().requires_grad_(False).to(self.args.device)
             self.teacher.config.use_cache = False  # a language model would build one for nothing

@@ -48,6 +48,7 @@ def test_every_method_and_schedule_is_accepted(tmp_path, method, schedule):
         (dict(distillation_weight=1.1), ["`distillation_weight`", "1.1"]),
         (dict(distillation_weight=-0.1), ["`distillation_weight`", "-0.1"]),
         (dict(distillation_temperature=0), ["`distillation_temperature`", "0"]),
+        (dict(distillation_hidden_weight=-1), ["`distillation_hidden_weight`", "-1"]),
         (dict(penalty_scope="all"), ["`penalty_scope", "group_lasso"]),
         (dict(method="refill", rewind="step"), ["`rewind_step`"]),
         (dict(ramp="square"), ["`ramp`", "'square'", "'cubic'"]),
@@ -113,6 +114,7 @@ def test_the_edges_of_the_ranges_are_allowed_without_a_word(tmp_path, arguments)
         (dict(method="refill", rewind_step=3), ["rewind_step"]),
         (dict(method="dense", num_rounds=2, distillation_weight=0.5), ["num_rounds", "distillation_weight"]),
         (dict(method="dense", recovery_epochs=2), ["recovery_epochs"]),
+        (dict(method="dense", distillation_hidden_weight=2.0), ["distillation_hidden_weight"]),
         (dict(num_train_epochs=0, rsst_epochs=2, ema_decay=0.99), ["ema_decay"]),
     ],
 )

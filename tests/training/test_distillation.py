@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from mamba_rsst.training import distillation
-from mamba_rsst.training.distillation import soft_target_loss
+from mamba_rsst.training.distillation import hidden_state_loss, soft_target_loss
 
 
 def reference(student, teacher, temperature):
@@ -76,3 +76,39 @@ def test_nothing_to_predict_is_nothing_to_learn():
     student, teacher = draw(2, 3, 4)
     loss = soft_target_loss(student, teacher, torch.full((2, 3), -100), 2.0)
     assert loss.item() == 0 and not torch.autograd.grad(loss, student)[0].any()
+
+
+# ---- the residual stream ----
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("blocks, channels", [(None, None), ([0, 2], None), ([1, 3], [0, 2, 5]), (None, [4, 1])])
+def test_the_stream_is_compared_where_it_is_the_same_and_relative_to_its_size(blocks, channels, dtype):
+    torch.manual_seed(0)
+    width = 6 if channels is None else len(channels)
+    places = [*(range(4) if blocks is None else blocks), 4]
+    teacher = [(3.0**i * torch.randn(2, 5, 6)).to(dtype).requires_grad_() for i in range(5)]
+    student = [torch.randn(2, 5, width).to(dtype).requires_grad_() for _ in places]
+    index = None if channels is None else torch.tensor(channels)
+    loss = hidden_state_loss(student, teacher, blocks, index)
+    expected = 0.0
+    for s, place in zip(student, places):
+        t = teacher[place].double()[..., list(range(6)) if channels is None else channels]
+        expected += ((s.double() - t) ** 2).sum() / (t**2).sum() / len(places)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    expected = torch.autograd.grad(expected, student)
+    for mine, other in zip(torch.autograd.grad(loss, student, retain_graph=True), expected):
+        torch.testing.assert_close(mine, other)
+    loss.backward()
+    assert all(t.grad is None for t in teacher)
+
+
+def test_states_without_a_counterpart_are_an_error():
+    states = [torch.zeros(1, 2, 3)] * 5
+    with pytest.raises(ValueError, match="4 hidden states, 5 of the teacher's"):
+        hidden_state_loss(states[:4], states)
+    with pytest.raises(ValueError, match="5 hidden states, 3 of the teacher's"):
+        hidden_state_loss(states, states, blocks=[0, 2])
+
+
+def test_a_teacher_whose_stream_is_zero_gives_no_nan():
+    loss = hidden_state_loss([torch.ones(1, 2, 3)] * 2, [torch.zeros(1, 2, 3)] * 2)
+    assert loss.isfinite()

@@ -14,6 +14,7 @@ from mamba_rsst.training.rounds import (
     remove_checkpoints,
     save_masks,
     surviving_blocks,
+    survivors,
 )
 
 
@@ -219,3 +220,9 @@ def test_blocks_are_called_by_their_place_in_the_dense_model():
     )
     assert surviving_blocks([removes(0, 1, 1, 0, 1)]) == [1, 2, 4]
     assert surviving_blocks([removes(0, 1, 1, 0, 1), {}, removes(1, 0, 1)]) == [1, 4]
+
+
+def test_channels_of_the_stream_are_called_by_their_place_in_the_dense_model():
+    cuts = [{"model:hidden_size": torch.tensor(keep).bool()} for keep in ([1, 0, 1, 1, 1], [1, 1, 0, 1])]
+    assert survivors(cuts, "hidden_size") == [0, 2, 4]
+    assert survivors(cuts, "num_hidden_layers") is None

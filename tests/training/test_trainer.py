@@ -323,6 +323,54 @@ def test_distillation_is_hintons_loss_and_leaves_the_dense_teacher_alone(tmp_pat
     assert taught == {"rsst-1", "recover-1"}
 
 
+class FarFromTeacher(RSSTTrainer):
+    """Keeps what each training step's loss should be, from the models in the run's folder, beside what it is."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        pixels, labels = inputs["pixel_values"], inputs["labels"]
+        loss, outputs = super().compute_loss(model, inputs, True)
+        if model.training and self._stage.round > 0:
+            dense = load_stage(self.run_folder.path, "train").eval()
+            blocks, stream = torch.arange(dense.config.num_hidden_layers), torch.arange(dense.config.hidden_size)
+            for file in sorted(self.run_folder.path.glob("stages/*/masks.safetensors")):
+                if (file.parent / "model").is_dir():  # that stage is over: what it chose is gone
+                    for name, mask in load_masks(file).items():
+                        blocks = blocks[mask] if name.endswith("num_hidden_layers") else blocks
+                        stream = stream[mask] if name.endswith("hidden_size") else stream
+            with torch.no_grad():
+                taught = dense(pixels, output_hidden_states=True).hidden_states
+                own = self.model(pixels, output_hidden_states=True)
+            taught = [taught[i][..., stream] for i in [*blocks, -1]]
+            parts = [((s - t) ** 2).mean() / (t**2).mean() for s, t in zip(own.hidden_states, taught, strict=True)]
+            far = sum(parts) / len(parts)
+            task = F.cross_entropy(own.logits, labels)
+            self.steps = [*getattr(self, "steps", []), (self._stage.name, far.item(), loss.item(), task.item())]
+        return (loss, outputs) if return_outputs else loss
+
+
+@pytest.mark.parametrize("target", ["d_inner", "num_hidden_layers", "hidden_size"])
+@pytest.mark.parametrize("method", ["rsst", "prune"])
+def test_the_stream_is_held_to_the_dense_models_through_rounds_of_any_cut(tmp_path, method, target):
+    pruning = dict(targets=[target], sparsity=0.6, round_to=1, importance="magnitude_l1")
+    trainer = make_trainer(
+        tmp_path,
+        model=make_model(num_hidden_layers=4),
+        cls=FarFromTeacher,
+        pruning=pruning,
+        method=method,
+        num_rounds=2,
+        ramp="linear",
+        distillation_hidden_weight=3.0,
+        **({"lambda_max": 1.0} if method == "rsst" else {}),
+    )
+    trainer.train()
+    stages = {"recover-1", "recover-2"} | ({"rsst-1", "rsst-2"} if method == "rsst" else set())
+    assert {stage for stage, *_ in trainer.steps} == stages
+    for stage, far, loss, task in trainer.steps:
+        assert loss == pytest.approx(task + 3.0 * far, rel=1e-4), stage
+    assert max(far for _, far, *_ in trainer.steps) > 1e-2
+
+
 # ---- what is recorded ----
 def evaluate_by_hand(model):
     data = digits()
