@@ -190,8 +190,9 @@ class RSSTConfig(TrainingArguments):
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        rates = ("learning_rate", "rsst_learning_rate", "recovery_learning_rate")
-        for name in ("rsst_epochs", "recovery_epochs", "spread_epochs", "lambda_max", "distillation_hidden_weight", *rates):
+        numbers = ("learning_rate", "rsst_learning_rate", "recovery_learning_rate", "lambda_max")
+        numbers += ("rsst_epochs", "recovery_epochs", "spread_epochs", "distillation_hidden_weight")
+        for name in numbers:
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise ValueError(f"`{name}` must be >= 0 and finite, got {value}.")
