@@ -16,7 +16,7 @@ from .recipe import Recipe, load_recipe
 from .report import LOG_FILE, RECIPE_FILE, RESULTS_FILE
 from .tasks import TASKS
 from .training.first_stage import differing_settings
-from .training.rounds import load_masks, surviving_blocks
+from .training.rounds import surviving_blocks
 from .training.trainer import RSSTTrainer
 
 
@@ -180,7 +180,7 @@ def _finish(trainer: RSSTTrainer, recipe: Recipe, folder: Path, data) -> dict:
         dense, kept = (
             {g.name: g for g in find_groups(models[n], recipe.pruning.targets)} for n in ("dense", list(rows)[-1])
         )
-        blocks = surviving_blocks(load_masks(place.stage(i, stages[i]) / "masks.safetensors") for i in cuts)
+        blocks = surviving_blocks(place.cuts(stages))
         results["widths"] = {t: _widths(t, dense.values(), kept.values(), blocks) for t in recipe.pruning.targets}
         results["channel_sparsity"] = {t: 1 - sum(w["kept"]) / sum(w["dense"]) for t, w in results["widths"].items()}
         results["param_reduction"] = 1 - table[-1]["parameters"] / table[0]["parameters"]

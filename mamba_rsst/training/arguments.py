@@ -116,7 +116,7 @@ class RSSTConfig(TrainingArguments):
         default=0.0,
         metadata={
             "help": "Weight of the relative squared distance between the residual streams of the model and the dense "
-            "one, block by block, added to the loss after the first stage; 0 = off, 1 to 10 is usual."
+            "one, block by block, added to the loss after the first stage; 0 = off; 30 on CIFAR-10."
         },
     )
     ema_decay: float = field(

@@ -133,9 +133,17 @@ class RunFolder:
     def stage(self, index: int, stage: Stage) -> Path:
         return self.path / "stages" / f"{index}-{stage.name}"
 
+    def masks(self, index: int, stage: Stage) -> Path:
+        """What that stage chose."""
+        return self.stage(index, stage) / "masks.safetensors"
+
     def model(self, index: int, stages: list[Stage]) -> Path:
         """The model that stage `index` starts from."""
         return self.start if index == 0 else self.stage(index - 1, stages[index - 1]) / "model"
+
+    def cuts(self, stages: list[Stage]) -> list[Masks]:
+        """What each of `stages` that cuts has chosen, in order."""
+        return [load_masks(self.masks(i, stage)) for i, stage in enumerate(stages) if stage.cut]
 
     def rewind_point(self, index: int, stages: list[Stage]) -> Path:
         """Where the survivors of stage `index` go back to: the newest cut copy of the rewind point."""
@@ -176,6 +184,7 @@ def survivors(masks: Iterable[Masks], dim: str) -> list[int] | None:
 
 
 def surviving_blocks(masks: Iterable[Masks]) -> list[int] | None:
+    """The dense model's blocks that these cuts leave, see `survivors`."""
     return survivors(masks, "num_hidden_layers")
 
 

@@ -51,6 +51,7 @@ from .rounds import (
     remove_checkpoints,
     save_masks,
     save_tensors,
+    surviving_blocks,
     survivors,
 )
 from .sharding import check_sharding, checkpoint_files, copy_marks, copy_to_shard, gather_, reshard_
@@ -210,7 +211,7 @@ class RSSTTrainer(Trainer):
             masks = {g.name: torch.zeros(g.size, dtype=torch.bool) for g in self._groups()}
         self._leaving.begin(stage, masks, self._groups() if masks else [])
         if stage.masked:
-            file = self.run_folder.stage(index - 1, self.stages[index - 1]) / "masks.safetensors"
+            file = self.run_folder.masks(index - 1, self.stages[index - 1])
             self._leaving.keep_zeros(load_masks(file))
         self.args.output_dir = str(folder)
         self.args.num_train_epochs = stage.epochs
@@ -497,9 +498,8 @@ class RSSTTrainer(Trainer):
         """The task's loss, plus distillation and group lasso where the stage asks for them (training only)."""
         taught = self.teacher is not None and model.training
         labels = inputs.get("labels")  # label smoothing takes them out of the inputs
-        given = {k: v for k, v in inputs.items() if k != "labels"}  # to the teacher
         if taught and self.args.distillation_hidden_weight > 0:
-            given["output_hidden_states"] = inputs["output_hidden_states"] = True
+            inputs = {**inputs, "output_hidden_states": True}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
             # Trainer divides by the accumulation steps unless the model's loss has been given the number of items.
@@ -508,7 +508,7 @@ class RSSTTrainer(Trainer):
             )
             share = 1.0 / self.current_gradient_accumulation_steps if whole else 1.0
             if taught:
-                loss = self._taught(loss, given, labels, outputs, num_items_in_batch if whole else None, share)
+                loss = self._taught(loss, inputs, labels, outputs, num_items_in_batch if whole else None, share)
             if self._leaving.penalty() == "group_lasso":
                 loss = loss + share * self._leaving.lasso()
         return (loss, outputs) if return_outputs else loss
@@ -517,7 +517,7 @@ class RSSTTrainer(Trainer):
         """The loss with what the teacher adds: soft targets, scaled as the task's (a mean, or a sum over `items` of
         all micro-batches), and the distance of the hidden states, a mean."""
         with torch.no_grad(), self.accelerator.autocast():
-            teacher = self.teacher(**inputs)
+            teacher = self.teacher(**{k: v for k, v in inputs.items() if k != "labels"})
         weight, hidden = self.args.distillation_weight, self.args.distillation_hidden_weight
         if weight > 0:
             student = outputs["logits"] if isinstance(outputs, dict) else outputs[1]
@@ -538,12 +538,11 @@ class RSSTTrainer(Trainer):
         if not wanted:
             self.teacher = None
             return
-        index = self.stages.index(stage)
-        folders = (self.run_folder.stage(i, s) for i, s in enumerate(self.stages[:index]) if s.cut and self._channels)
-        cuts = [load_masks(folder / "masks.safetensors") for folder in folders]
-        channels = survivors(cuts, "hidden_size")
-        channels = None if channels is None else torch.tensor(channels, device=self.args.device)
-        self._answering = survivors(cuts, "num_hidden_layers"), channels
+        if self.args.distillation_hidden_weight > 0 and self._channels:
+            cuts = self.run_folder.cuts(self.stages[: self.stages.index(stage)])
+            channels = survivors(cuts, "hidden_size")
+            channels = None if channels is None else torch.tensor(channels, device=self.args.device)
+            self._answering = surviving_blocks(cuts), channels
         if self.teacher is None:
             dense = self.run_folder.model(1, self.stages)
             self.teacher = type(self.model).from_pretrained(dense).eval().requires_grad_(False).to(self.args.device)
