@@ -119,6 +119,13 @@ class RSSTConfig(TrainingArguments):
             "one, block by block, added to the loss after the first stage; 0 = off; 30 on CIFAR-10."
         },
     )
+    distillation_hidden_fade: bool = field(
+        default=False,
+        metadata={
+            "help": "Let that weight fall evenly to 0 over each recovery: held at first, free at the end. A stage that "
+            "decays channels keeps it."
+        },
+    )
     ema_decay: float = field(
         default=0.0,
         metadata={
@@ -292,6 +299,8 @@ class RSSTConfig(TrainingArguments):
             ignored += ["spread_residual"]
             if self.method != "rsst":
                 ignored += ["rsst_learning_rate", "rsst_lr_scheduler_type"]
+        if self.method in UNPRUNED or self.distillation_hidden_weight == 0:
+            ignored += ["distillation_hidden_fade"]
         if not self.compile_blocks:
             ignored += ["compile_shapes"]
         if self.num_rounds == 1:

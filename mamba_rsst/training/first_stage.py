@@ -16,7 +16,7 @@ LATER = frozenset(
         *("method", "pruning", "num_rounds", "ramp", "round_rate", "rewind", "rewind_step", "calibration_batches"),
         *("spread_epochs", "spread_residual", "rsst_epochs", "rsst_learning_rate", "rsst_lr_scheduler_type"),
         *("recovery_epochs", "recovery_learning_rate", "distillation_weight", "distillation_temperature"),
-        "distillation_hidden_weight",
+        *("distillation_hidden_weight", "distillation_hidden_fade"),
         *("penalty", "penalty_scope", "schedule", "schedule_power", "lambda_max", "residual"),
         *("output_dir", "run_name", "hub_model_id"),
     ]

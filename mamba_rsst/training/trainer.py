@@ -122,6 +122,7 @@ class RSSTTrainer(Trainer):
         self.run_state: RunState | None = None
         self.teacher = None
         self._answering = (None, None)  # the teacher's blocks and channels that the model still has
+        self._hidden_weight = torch.zeros((), device=args.device)  # where a recorded step can read it
         self._stage: Stage | None = None
         self._leaving = leaving
         self._graphed: GraphedStep | None = None
@@ -446,6 +447,8 @@ class RSSTTrainer(Trainer):
         """Trainer's, replayed as one CUDA graph where `cuda_graphs` asks for it."""
         if self._leaving.penalty() == "group_lasso":
             self._leaving.penalty_weight.fill_(self._leaving.weight(self.state.global_step + 1))
+        if self.teacher is not None:
+            self._hidden_weight.fill_(self._hidden_weight_now())
         if not self.args.cuda_graphs:
             return super().training_step(model, inputs, num_items_in_batch)
         if self.current_gradient_accumulation_steps != self.args.gradient_accumulation_steps:
@@ -518,7 +521,7 @@ class RSSTTrainer(Trainer):
         all micro-batches), and the distance of the hidden states, a mean."""
         with torch.no_grad(), self.accelerator.autocast():
             teacher = self.teacher(**{k: v for k, v in inputs.items() if k != "labels"})
-        weight, hidden = self.args.distillation_weight, self.args.distillation_hidden_weight
+        weight = self.args.distillation_weight
         if weight > 0:
             student = outputs["logits"] if isinstance(outputs, dict) else outputs[1]
             if torch.is_tensor(items):
@@ -527,10 +530,15 @@ class RSSTTrainer(Trainer):
             if items is not None and self.args.average_tokens_across_devices:
                 soft = soft * self.accelerator.num_processes  # `items` are all processes', which are averaged over
             loss = (1.0 - weight) * loss + weight * soft
-        if hidden > 0:
+        if self.args.distillation_hidden_weight > 0:
             far = hidden_state_loss(outputs["hidden_states"], teacher.hidden_states, *self._answering)
-            loss = loss + hidden * share * far
+            loss = loss + self._hidden_weight * share * far
         return loss
+
+    def _hidden_weight_now(self) -> float:
+        weight = self.args.distillation_hidden_weight
+        fades = self.args.distillation_hidden_fade and not self._stage.decay
+        return weight * (1.0 - self.state.global_step / self.state.max_steps) if fades else weight
 
     def _load_teacher(self, stage: Stage) -> None:
         weights = self.args.distillation_weight, self.args.distillation_hidden_weight

@@ -115,6 +115,7 @@ def test_the_edges_of_the_ranges_are_allowed_without_a_word(tmp_path, arguments)
         (dict(method="dense", num_rounds=2, distillation_weight=0.5), ["num_rounds", "distillation_weight"]),
         (dict(method="dense", recovery_epochs=2), ["recovery_epochs"]),
         (dict(method="dense", distillation_hidden_weight=2.0), ["distillation_hidden_weight"]),
+        (dict(method="rsst", distillation_hidden_fade=True), ["distillation_hidden_fade"]),
         (dict(num_train_epochs=0, rsst_epochs=2, ema_decay=0.99), ["ema_decay"]),
     ],
 )

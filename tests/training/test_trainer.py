@@ -344,13 +344,14 @@ class FarFromTeacher(RSSTTrainer):
             parts = [((s - t) ** 2).mean() / (t**2).mean() for s, t in zip(own.hidden_states, taught, strict=True)]
             far = sum(parts) / len(parts)
             task = F.cross_entropy(own.logits, labels)
-            self.steps = [*getattr(self, "steps", []), (self._stage.name, far.item(), loss.item(), task.item())]
+            u = self.state.global_step / self.state.max_steps
+            self.steps = [*getattr(self, "steps", []), (self._stage.name, far.item(), loss.item(), task.item(), u)]
         return (loss, outputs) if return_outputs else loss
 
 
 @pytest.mark.parametrize("target", ["d_inner", "num_hidden_layers", "hidden_size"])
-@pytest.mark.parametrize("method", ["rsst", "prune"])
-def test_the_stream_is_held_to_the_dense_models_through_rounds_of_any_cut(tmp_path, method, target):
+@pytest.mark.parametrize("method, fade", [("rsst", False), ("prune", False), ("rsst", True)])
+def test_the_stream_is_held_to_the_dense_models_through_rounds_of_any_cut(tmp_path, method, fade, target):
     pruning = dict(targets=[target], sparsity=0.6, round_to=1, importance="magnitude_l1")
     trainer = make_trainer(
         tmp_path,
@@ -361,14 +362,17 @@ def test_the_stream_is_held_to_the_dense_models_through_rounds_of_any_cut(tmp_pa
         num_rounds=2,
         ramp="linear",
         distillation_hidden_weight=3.0,
+        distillation_hidden_fade=fade,
         **({"lambda_max": 1.0} if method == "rsst" else {}),
     )
     trainer.train()
     stages = {"recover-1", "recover-2"} | ({"rsst-1", "rsst-2"} if method == "rsst" else set())
     assert {stage for stage, *_ in trainer.steps} == stages
-    for stage, far, loss, task in trainer.steps:
-        assert loss == pytest.approx(task + 3.0 * far, rel=1e-4), stage
+    for stage, far, loss, task, u in trainer.steps:
+        weight = 3.0 * (1.0 - u) if fade and stage.startswith("recover") else 3.0
+        assert loss == pytest.approx(task + weight * far, rel=1e-4), stage
     assert max(far for _, far, *_ in trainer.steps) > 1e-2
+    assert len({u for stage, *_, u in trainer.steps if stage == "recover-1"}) > 1
 
 
 # ---- what is recorded ----
