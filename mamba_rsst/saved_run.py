@@ -208,7 +208,7 @@ def _tensors(path: Path) -> dict:
 
     try:
         return load_file(path)
-    except (SafetensorError, ValueError, KeyError) as error:
+    except (SafetensorError, ValueError, KeyError, OSError) as error:  # a folder: it has no such device
         raise ValueError(f"{str(path)!r} is damaged: {error}") from error
 
 

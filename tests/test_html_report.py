@@ -537,6 +537,15 @@ def test_damaged_files_are_named(tmp_path, capsys, file, text, said):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path, capsys):
+    broken(tmp_path, "stages/1-rsst-1/scores.safetensors", b"")
+    file = tmp_path / "run" / "stages" / "1-rsst-1" / "scores.safetensors"
+    file.unlink()
+    file.mkdir()
+    assert main(["report", str(tmp_path / "run")]) == 2
+    assert "scores.safetensors' is damaged" in capsys.readouterr().err
+
+
 def test_a_sweep_is_no_run(tmp_path, capsys):
     (tmp_path / "sweep.yaml").write_text("recipe: a.yaml")
     assert main(["report", str(tmp_path)]) == 2

@@ -116,14 +116,15 @@ class RSSTConfig(TrainingArguments):
         default=0.0,
         metadata={
             "help": "Weight of the relative squared distance between the residual streams of the model and the dense "
-            "one, block by block, added to the loss after the first stage; 0 = off; 30 on CIFAR-10."
+            "one, block by block, added to the loss after the first stage; 0 = off; 30 on CIFAR-10. Costs the memory "
+            "of both streams. With drop path its noise counts as distance."
         },
     )
     distillation_hidden_fade: bool = field(
         default=False,
         metadata={
-            "help": "Let that weight fall evenly to 0 over each recovery: held at first, free at the end. A stage that "
-            "decays channels keeps it."
+            "help": "Let that weight fall evenly to 0 over each recovery: held at first, free at the end; a stage "
+            "that decays channels keeps it."
         },
     )
     ema_decay: float = field(
@@ -199,6 +200,8 @@ class RSSTConfig(TrainingArguments):
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         numbers = ("learning_rate", "rsst_learning_rate", "recovery_learning_rate", "lambda_max")
         numbers += ("rsst_epochs", "recovery_epochs", "spread_epochs", "distillation_hidden_weight")
+        if self.distillation_hidden_weight is None:
+            raise ValueError("`distillation_hidden_weight` must be a number, got None; 0 is none.")
         for name in numbers:
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
@@ -249,10 +252,14 @@ class RSSTConfig(TrainingArguments):
             raise ValueError(f"`seed` must be in [0, 2**32), got {self.seed}.")
         if self.max_steps > 0:
             raise ValueError("`max_steps` does not say which stage it bounds; set the epochs of the stages instead.")
+        if self.torch_compile:
+            raise ValueError(
+                "`torch_compile` takes the whole model, whose widths change here; use `compile_blocks`, block by block."
+            )
         if self.cuda_graphs:
             apart = ("fp16", "gradient_checkpointing", "logging_nan_inf_filter", "torch_empty_cache_steps")
             apart += ("activation_checkpointing",)  # what transformers 5.23 calls gradient_checkpointing
-            for name in (*apart, "torch_compile", "auto_find_batch_size"):
+            for name in (*apart, "auto_find_batch_size"):
                 if getattr(self, name, False):
                     raise ValueError(f"`cuda_graphs` does not go with `{name}`: a recorded step runs without the CPU.")
         scheduler = self.rsst_lr_scheduler_type or self.lr_scheduler_type
@@ -299,7 +306,10 @@ class RSSTConfig(TrainingArguments):
             ignored += ["spread_residual"]
             if self.method != "rsst":
                 ignored += ["rsst_learning_rate", "rsst_lr_scheduler_type"]
-        if self.method in UNPRUNED or self.distillation_hidden_weight == 0:
+        recovers = self.num_train_epochs if self.recovery_epochs is None else self.recovery_epochs
+        if not recovers and self.method != "rsst" and self.spread_epochs == 0:
+            ignored += ["distillation_weight", "distillation_hidden_weight"]  # no stage that trains after the first
+        if not recovers or self.method in UNPRUNED or self.distillation_hidden_weight == 0:
             ignored += ["distillation_hidden_fade"]
         if not self.compile_blocks:
             ignored += ["compile_shapes"]
@@ -307,8 +317,8 @@ class RSSTConfig(TrainingArguments):
             ignored += ["ramp"]
         if self.method in UNPRUNED:
             ignored += ["num_rounds", "round_rate", "spread_epochs", "spread_residual", "ramp"]
-            ignored += ["recovery_epochs", "recovery_learning_rate", "distillation_weight"]
-            ignored += ["distillation_hidden_weight"]
+            ignored += ["recovery_epochs", "recovery_learning_rate"]
+            ignored += ["distillation_weight", "distillation_hidden_weight"] if recovers else []
             if self.method == "scratch" or self.rewind != "step":  # dense: for runs that take its stage over
                 ignored += ["rewind"]
         defaults = {f.name: f.default for f in fields(self)}

@@ -1,14 +1,87 @@
 """What a student learns from its teacher: softened predictions, and the residual stream on the way to them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..pruning import Masks
+from .arguments import RSSTConfig
+from .rounds import Stage, surviving_blocks, survivors
+
 
 CHUNK = 2**22
 """Logits that are softened at a time: of a language model's (B, L, V) several fp32 copies would not fit."""
+
+
+class Teacher:
+    """The dense model, from which the stages after the first learn. One object a trainer: `begin` opens a stage."""
+
+    def __init__(self, args: RSSTConfig):
+        self.args = args
+        self.model = None
+        """None in a stage that is not taught."""
+        self._stage: Stage | None = None
+        self._places = (None, None)  # the blocks and channels of this model's that the student still has
+        self._hidden_weight, self._distance = torch.zeros(2, device=args.device)  # where a recorded step finds them
+
+    def begin(self, stage: Stage, dense: Callable, cuts: Callable[[], list[Masks]]) -> None:
+        """dense: gives the model. cuts: gives the channels that the stages before this one have kept, in order."""
+        args, self._stage = self.args, stage
+        taught = max(args.distillation_weight, args.distillation_hidden_weight) > 0
+        if not (taught and stage.round > 0 and stage.epochs > 0):
+            self.model = None
+            return
+        if args.distillation_hidden_weight > 0:
+            masks = cuts()
+            channels = survivors(masks, "hidden_size")
+            channels = None if channels is None else torch.tensor(channels, device=args.device)
+            self._places = surviving_blocks(masks), channels
+        if self.model is None:
+            self.model = dense().eval().requires_grad_(False).to(args.device)
+            self.model.config.use_cache = False  # a language model would build one for nothing
+
+    def before_step(self, done: float) -> None:
+        """done: the fraction of the stage's steps that has been made."""
+        if self.model is not None and self.args.distillation_hidden_weight > 0:
+            fades = self.args.distillation_hidden_fade and not self._stage.decay
+            self._hidden_weight.fill_(self.args.distillation_hidden_weight * (1.0 - done if fades else 1.0))
+
+    def asked(self, inputs: dict) -> dict:
+        """The student's inputs, so that its outputs hold what is compared."""
+        return {**inputs, "output_hidden_states": True} if self.args.distillation_hidden_weight > 0 else inputs
+
+    @torch.no_grad()
+    def answer(self, inputs: dict):
+        """The teacher's outputs. inputs: as `asked` gave them."""
+        model = self.model if self.args.distillation_weight > 0 else self.model.base_model  # logits nobody reads
+        return model(**{k: v for k, v in inputs.items() if k != "labels"})
+
+    def add_to(self, loss: Tensor, outputs, teacher, labels, items, share: float, processes: int) -> Tensor:
+        """The task's loss with what the teacher's outputs add.
+
+        items: of all micro-batches and of all `processes`, by which the task's sum was divided; None where it is a
+        mean. share: what a mean of this micro-batch counts of the update's.
+        """
+        args = self.args
+        if args.distillation_weight > 0:
+            if torch.is_tensor(items):
+                items = items.flatten()[0]  # DataParallel gives each replica one
+            soft = soft_target_loss(outputs["logits"], teacher.logits, labels, args.distillation_temperature, items)
+            if items is not None:
+                soft = soft * processes  # which are averaged over
+            loss = (1.0 - args.distillation_weight) * loss + args.distillation_weight * soft
+        if args.distillation_hidden_weight > 0:
+            far = hidden_state_loss(outputs["hidden_states"], teacher.hidden_states, *self._places)
+            self._distance.copy_(far.detach())
+            loss = loss + self._hidden_weight * share * far
+        return loss
+
+    def logs(self) -> dict:
+        """How far the stream was in the last batch, as `hidden_state_loss` says."""
+        held = self.model is not None and self.args.distillation_hidden_weight > 0
+        return {"stream_distance": round(self._distance.item(), 6)} if held else {}
 
 
 def soft_target_loss(
@@ -41,13 +114,15 @@ def hidden_state_loss(
     blocks: Sequence[int] | None = None,
     channels: Tensor | None = None,
 ) -> Tensor:
-    """How far the student's residual stream is from the teacher's: mean_l ||s_l - t_l||^2 / ||t_l||^2, fp32 scalar.
+    """How far the student's residual stream is from the teacher's: mean_ln ||s_ln - t_ln||^2 / ||t_ln||^2, an
+    fp32 scalar, over states l and samples n. A mean over samples, so that micro-batches and processes add up to the batch.
 
     A model whose inner widths were cut still has the stream of the dense one, so its layers need no projection to be
     compared (as layer-wise distillation does with a learnt one: TinyBERT, arXiv:1909.10351; CoFi, arXiv:2204.00408).
-    Relative, because a pre-norm stream grows from layer to layer.
+    Relative, because a pre-norm stream grows from layer to layer. Keeps one fp32 difference a state for the backward.
 
-    student, teacher: the stream before each block and at the end, (B, L, D) each, as `hidden_states` of our models.
+    student, teacher: (B, L, D) each, the stream before each block and, after the last norm, at the end, as
+        `hidden_states` of our models; any others that go together one by one, such as those of transformers' Mamba.
     blocks: the teacher's block that each of the student's was, where whole blocks are gone; default the same.
     channels: indices (D_student,) of the teacher's hidden_size that the student has kept; default all.
     Raises ValueError where the numbers of states do not go together.
@@ -59,7 +134,8 @@ def hidden_state_loss(
     for s, place in zip(student, places):
         t = teacher[place].detach()
         t = (t if channels is None else t.index_select(-1, channels)).float()
-        errors.append((s.float() - t).square().mean() / t.square().mean().clamp(min=1e-12))
+        far, size = ((s.float() - t).square().flatten(1).mean(1), t.square().flatten(1).mean(1))
+        errors.append((far / size.clamp(min=torch.finfo(size.dtype).tiny)).mean())
     return torch.stack(errors).mean()
 
 

@@ -1,6 +1,7 @@
 """What would fail at the first cut, hours later, fails before the first step."""
 
 import dataclasses
+import inspect
 
 import torch
 
@@ -33,6 +34,18 @@ def check_agreement(method: str, pruning: PruningConfig, round_rate: float | Non
             )
     if method == "unstructured":
         check_weight_pruning(pruning)
+
+
+def check_taught(model, args: RSSTConfig) -> None:
+    """Raises ValueError for a model that cannot be compared with a teacher."""
+    if args.method in UNPRUNED or max(args.distillation_weight, args.distillation_hidden_weight) == 0:
+        return
+    if not getattr(model.config, "return_dict", True):
+        raise ValueError("A model with `return_dict=False` in its config cannot be taught: its outputs have no names.")
+    parameters = inspect.signature(model.forward).parameters.values()
+    takes = any(p.name == "output_hidden_states" or p.kind is p.VAR_KEYWORD for p in parameters)
+    if args.distillation_hidden_weight > 0 and not takes:
+        raise ValueError(f"`distillation_hidden_weight`: {type(model).__name__} gives no hidden states.")
 
 
 def check_prunable(model, args: RSSTConfig, pruning: PruningConfig) -> None:

@@ -115,7 +115,7 @@ class RunFolder:
         if state.stages != names:
             raise ValueError(f"{str(self.path)!r} holds a run with the stages {state.stages}, not {names}.")
         for name in sorted(settings.keys() | state.settings.keys()):
-            before, now = state.settings.get(name), settings.get(name)
+            before, now = setting_of(state, name), settings.get(name)
             if before != now:
                 raise ValueError(f"{str(self.path)!r} was started with {name}={before!r}, not {now!r}.")
         return state
@@ -168,6 +168,11 @@ def save_masks(masks: Masks, path: Path) -> None:
 
 def load_masks(path: Path) -> Masks:
     return load_file(path)
+
+
+def setting_of(state: RunState, name: str):
+    """What the run was made with: of a setting that came after it, the default, which changes nothing."""
+    return state.settings.get(name, vars(RSSTConfig).get(name))
 
 
 def survivors(masks: Iterable[Masks], dim: str) -> list[int] | None:

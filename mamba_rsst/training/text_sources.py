@@ -75,7 +75,8 @@ class TextSource:
                 "`data.path=` takes a file or folder too."
             ) from error
         except Exception as error:
-            raise ValueError(f"Cannot read split {split!r} of {self.path!r}: {reason_of(error)}") from error
+            part = f"split {split!r} of " if split else ""  # a single file has none
+            raise ValueError(f"Cannot read {part}{self.path!r}: {reason_of(error)}") from error
 
     def _open(self, split):
         import datasets

@@ -34,11 +34,11 @@ from .arguments import UNPRUNED, RSSTConfig
 from .averaging import WeightAverage
 from .compiling import compile_blocks_, few_shapes, uncompile_blocks_
 from .data import EpochSampler
-from .distillation import hidden_state_loss, soft_target_loss
+from .distillation import Teacher
 from .first_stage import copy_first_stage, read_first_stage
 from .graphed_step import GraphedStep
 from .leaving import Leaving
-from .prunable import check_prunable
+from .prunable import check_prunable, check_taught
 from .rounds import (
     NOT_UPLOADED,
     WHOLE,
@@ -51,8 +51,6 @@ from .rounds import (
     remove_checkpoints,
     save_masks,
     save_tensors,
-    surviving_blocks,
-    survivors,
 )
 from .sharding import check_sharding, checkpoint_files, copy_marks, copy_to_shard, gather_, reshard_
 
@@ -96,6 +94,7 @@ class RSSTTrainer(Trainer):
                 raise ValueError(f"method={args.method!r} needs `pruning`, a PruningConfig.")
             if model is not None:
                 check_prunable(model, args, pruning)
+                check_taught(model, args)
         batch, samples = args.train_batch_size * args.world_size, kwargs.get("train_dataset")
         if args.dataloader_drop_last and hasattr(samples, "__len__") and len(samples) < batch:
             raise ValueError(f"`dataloader_drop_last` leaves nothing of {len(samples)} samples in batches of {batch}.")
@@ -120,9 +119,7 @@ class RSSTTrainer(Trainer):
         self.stages = stages
         self.run_folder = RunFolder(args.output_dir)
         self.run_state: RunState | None = None
-        self.teacher = None
-        self._answering = (None, None)  # the teacher's blocks and channels that the model still has
-        self._hidden_weight = torch.zeros((), device=args.device)  # where a recorded step can read it
+        self.teacher = Teacher(args)
         self._stage: Stage | None = None
         self._leaving = leaving
         self._graphed: GraphedStep | None = None
@@ -220,7 +217,7 @@ class RSSTTrainer(Trainer):
         self.args.lr_scheduler_type = run_args.scheduler_of(stage.decay)
         # The best weights of a stage that decays channels are its first: they would bring the leaving channels back.
         self.args.load_best_model_at_end = run_args.load_best_model_at_end and not stage.decay
-        self._load_teacher(stage)
+        self.teacher.begin(stage, self._dense_model, lambda: self.run_folder.cuts(self.stages[:index]))
         output = None
         if stage.epochs > 0:
             self._fresh_optimizer()
@@ -447,8 +444,7 @@ class RSSTTrainer(Trainer):
         """Trainer's, replayed as one CUDA graph where `cuda_graphs` asks for it."""
         if self._leaving.penalty() == "group_lasso":
             self._leaving.penalty_weight.fill_(self._leaving.weight(self.state.global_step + 1))
-        if self.teacher is not None:
-            self._hidden_weight.fill_(self._hidden_weight_now())
+        self.teacher.before_step(self.state.global_step / self.state.max_steps)
         if not self.args.cuda_graphs:
             return super().training_step(model, inputs, num_items_in_batch)
         if self.current_gradient_accumulation_steps != self.args.gradient_accumulation_steps:
@@ -499,10 +495,10 @@ class RSSTTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The task's loss, plus distillation and group lasso where the stage asks for them (training only)."""
-        taught = self.teacher is not None and model.training
+        taught = self.teacher.model is not None and model.training
         labels = inputs.get("labels")  # label smoothing takes them out of the inputs
-        if taught and self.args.distillation_hidden_weight > 0:
-            inputs = {**inputs, "output_hidden_states": True}
+        if taught:
+            inputs = self.teacher.asked(inputs)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
             # Trainer divides by the accumulation steps unless the model's loss has been given the number of items.
@@ -511,50 +507,17 @@ class RSSTTrainer(Trainer):
             )
             share = 1.0 / self.current_gradient_accumulation_steps if whole else 1.0
             if taught:
-                loss = self._taught(loss, inputs, labels, outputs, num_items_in_batch if whole else None, share)
+                items = num_items_in_batch if whole else None
+                processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+                with self.accelerator.autocast():
+                    teacher = self.teacher.answer(inputs)
+                loss = self.teacher.add_to(loss, outputs, teacher, labels, items, share, processes)
             if self._leaving.penalty() == "group_lasso":
                 loss = loss + share * self._leaving.lasso()
         return (loss, outputs) if return_outputs else loss
 
-    def _taught(self, loss, inputs, labels, outputs, items, share):
-        """The loss with what the teacher adds: soft targets, scaled as the task's (a mean, or a sum over `items` of
-        all micro-batches), and the distance of the hidden states, a mean."""
-        with torch.no_grad(), self.accelerator.autocast():
-            teacher = self.teacher(**{k: v for k, v in inputs.items() if k != "labels"})
-        weight = self.args.distillation_weight
-        if weight > 0:
-            student = outputs["logits"] if isinstance(outputs, dict) else outputs[1]
-            if torch.is_tensor(items):
-                items = items.flatten()[0]  # DataParallel gives each replica one
-            soft = soft_target_loss(student, teacher.logits, labels, self.args.distillation_temperature, items)
-            if items is not None and self.args.average_tokens_across_devices:
-                soft = soft * self.accelerator.num_processes  # `items` are all processes', which are averaged over
-            loss = (1.0 - weight) * loss + weight * soft
-        if self.args.distillation_hidden_weight > 0:
-            far = hidden_state_loss(outputs["hidden_states"], teacher.hidden_states, *self._answering)
-            loss = loss + self._hidden_weight * share * far
-        return loss
-
-    def _hidden_weight_now(self) -> float:
-        weight = self.args.distillation_hidden_weight
-        fades = self.args.distillation_hidden_fade and not self._stage.decay
-        return weight * (1.0 - self.state.global_step / self.state.max_steps) if fades else weight
-
-    def _load_teacher(self, stage: Stage) -> None:
-        weights = self.args.distillation_weight, self.args.distillation_hidden_weight
-        wanted = max(weights) > 0 and stage.round > 0 and stage.epochs > 0
-        if not wanted:
-            self.teacher = None
-            return
-        if self.args.distillation_hidden_weight > 0 and self._channels:
-            cuts = self.run_folder.cuts(self.stages[: self.stages.index(stage)])
-            channels = survivors(cuts, "hidden_size")
-            channels = None if channels is None else torch.tensor(channels, device=self.args.device)
-            self._answering = surviving_blocks(cuts), channels
-        if self.teacher is None:
-            dense = self.run_folder.model(1, self.stages)
-            self.teacher = type(self.model).from_pretrained(dense).eval().requires_grad_(False).to(self.args.device)
-            self.teacher.config.use_cache = False  # a language model would build one for nothing
+    def _dense_model(self):
+        return type(self.model).from_pretrained(self.run_folder.model(1, self.stages))
 
     def log(self, logs: dict, *args, **kwargs) -> None:
         """Add the speed, lambda, the leaving channels' share of the norm and the channel sparsity to the logs."""
@@ -563,6 +526,7 @@ class RSSTTrainer(Trainer):
             since, step = self._clock  # of the last log or evaluation
             logs["steps_per_second"] = round((self.state.global_step - step) / (time.perf_counter() - since), 3)
             self._start_clock()
+            logs |= self.teacher.logs()
             if self._stage.decay:
                 logs["lambda"] = self._leaving.weight(self.state.global_step)  # as it was in the step that is logged
                 if not self._stage.spread:

@@ -49,6 +49,8 @@ def test_every_method_and_schedule_is_accepted(tmp_path, method, schedule):
         (dict(distillation_weight=-0.1), ["`distillation_weight`", "-0.1"]),
         (dict(distillation_temperature=0), ["`distillation_temperature`", "0"]),
         (dict(distillation_hidden_weight=-1), ["`distillation_hidden_weight`", "-1"]),
+        (dict(distillation_hidden_weight=None), ["`distillation_hidden_weight`", "None"]),
+        (dict(torch_compile=True), ["`torch_compile`", "`compile_blocks`"]),
         (dict(penalty_scope="all"), ["`penalty_scope", "group_lasso"]),
         (dict(method="refill", rewind="step"), ["`rewind_step`"]),
         (dict(ramp="square"), ["`ramp`", "'square'", "'cubic'"]),
@@ -116,6 +118,23 @@ def test_the_edges_of_the_ranges_are_allowed_without_a_word(tmp_path, arguments)
         (dict(method="dense", recovery_epochs=2), ["recovery_epochs"]),
         (dict(method="dense", distillation_hidden_weight=2.0), ["distillation_hidden_weight"]),
         (dict(method="rsst", distillation_hidden_fade=True), ["distillation_hidden_fade"]),
+        (
+            dict(
+                method="rsst",
+                rsst_epochs=1,
+                recovery_epochs=0,
+                **{f"distillation_hidden_{k}": 1 for k in ("weight", "fade")},
+            ),
+            ["distillation_hidden_fade"],
+        ),
+        (
+            dict(method="prune", recovery_epochs=0, distillation_weight=0.5, distillation_hidden_weight=2.0),
+            ["distillation_weight", "distillation_hidden_weight"],
+        ),
+        (
+            dict(method="scratch", recovery_epochs=0, distillation_hidden_weight=2.0),
+            ["distillation_hidden_weight", "recovery_epochs"],
+        ),
         (dict(num_train_epochs=0, rsst_epochs=2, ema_decay=0.99), ["ema_decay"]),
     ],
 )

@@ -61,6 +61,7 @@ def test_a_language_model_in_two_processes(tmp_path, streaming):
 
     folder, one, two = tiny_text.write_parquet(tmp_path / "text"), tmp_path / "one", tmp_path / "two"
     training = dict(distillation_weight=0.3, weight_decay=0.05, learning_rate=2e-3, gradient_accumulation_steps=2)
+    training |= dict(distillation_hidden_weight=3.0, distillation_hidden_fade=True)
     recipe = tiny_text.write_recipe(
         tmp_path / "tiny.yaml", folder, training=training, data=dict(streaming=streaming, shuffle_buffer=20)
     )

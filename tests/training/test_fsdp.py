@@ -106,6 +106,7 @@ def test_a_language_model_in_shards(tmp_path, dtype):
     import tiny_text
 
     training = dict(distillation_weight=0.3, weight_decay=0.05, learning_rate=2e-3, gradient_accumulation_steps=2)
+    training |= dict(distillation_hidden_weight=3.0, distillation_hidden_fade=True)
     training |= dict(gradient_checkpointing=True, eval_strategy="epoch", max_grad_norm=0.5, bf16=dtype == "bf16")
     text = tiny_text.write_parquet(tmp_path / "text")
     recipe = tiny_text.write_recipe(tmp_path / "tiny.yaml", text, training=training)

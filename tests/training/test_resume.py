@@ -97,7 +97,9 @@ class Killed(BaseException):
 
 
 METHODS = {
-    "rsst": dict(distillation_weight=0.3, weight_decay=0.05),
+    "rsst": dict(
+        distillation_weight=0.3, distillation_hidden_weight=3.0, distillation_hidden_fade=True, weight_decay=0.05
+    ),
     "refill": dict(method="refill", num_rounds=2, rewind="step", rewind_step=2),
     "average": dict(ema_decay=0.8, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True),
     "lasso": dict(penalty="group_lasso", schedule="linear", gradient_accumulation_steps=2),

@@ -158,6 +158,15 @@ def test_a_run_with_other_settings_is_refused(tmp_path, settings, message):
         RunFolder(tmp_path).read(stages, settings)
 
 
+def test_a_setting_that_came_after_the_run_has_its_default(tmp_path):
+    RunFolder(tmp_path).write(RunState(["train"], settings={"lambda_max": 1.0}))
+    stages, folder = plan(tmp_path, method="dense"), RunFolder(tmp_path)
+    settings = {"lambda_max": 1.0, "distillation_hidden_weight": 0.0, "schedule": "exp_power"}
+    assert folder.read(stages, settings).settings == {"lambda_max": 1.0}
+    with pytest.raises(ValueError, match="was started with schedule='exp_power', not 'linear'"):
+        folder.read(stages, {**settings, "schedule": "linear"})
+
+
 def test_where_a_stage_starts_and_what_it_rewinds_to(tmp_path):
     stages = plan(tmp_path, method="refill", num_rounds=2)
     folder = RunFolder(tmp_path)

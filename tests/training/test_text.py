@@ -257,8 +257,12 @@ def test_files_without_text(tmp_path):
     with pytest.raises(ValueError, match=r"none of the kinds of files that are read: \['.parquet', "):
         load(data_config(tmp_path / "table.csv"))
     (tmp_path / "damaged.parquet").write_bytes(b"PAR1 no")
-    with pytest.raises(ValueError, match="Cannot read split"):
+    with pytest.raises(ValueError, match="Cannot read '[^']*damaged.parquet': "):
         load(data_config(tmp_path / "damaged.parquet"))
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "train.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(ValueError, match="Cannot read split 'train' of '[^']*shards': "):
+        load(data_config(tmp_path / "shards", eval_split="train"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="has no parquet, json or txt files"):
         load(data_config(tmp_path / "empty"))

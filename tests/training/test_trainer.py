@@ -305,8 +305,8 @@ def test_distillation_is_hintons_loss_and_leaves_the_dense_teacher_alone(tmp_pat
     trainer, _ = run(tmp_path, model=model, cls=Losses, lambda_max=1.0, **arguments)
     dense = load_stage(tmp_path, "train").eval()
     assert dense.config.d_inner == 32
-    assert_same_state(trainer.teacher.state_dict(), dense.state_dict())
-    assert not trainer.teacher.training and not any(p.requires_grad for p in trainer.teacher.parameters())
+    assert_same_state(trainer.teacher.model.state_dict(), dense.state_dict())
+    assert not trainer.teacher.model.training and not any(p.requires_grad for p in trainer.teacher.model.parameters())
     taught = set()
     for stage, training, inputs, logits, loss, _ in trainer.calls:
         task = F.cross_entropy(logits, inputs["labels"]).item()
@@ -341,8 +341,8 @@ class FarFromTeacher(RSSTTrainer):
                 taught = dense(pixels, output_hidden_states=True).hidden_states
                 own = self.model(pixels, output_hidden_states=True)
             taught = [taught[i][..., stream] for i in [*blocks, -1]]
-            parts = [((s - t) ** 2).mean() / (t**2).mean() for s, t in zip(own.hidden_states, taught, strict=True)]
-            far = sum(parts) / len(parts)
+            pairs = [st for both in zip(own.hidden_states, taught, strict=True) for st in zip(*both)]
+            far = sum(((s - t) ** 2).sum() / (t**2).sum() for s, t in pairs) / len(pairs)
             task = F.cross_entropy(own.logits, labels)
             u = self.state.global_step / self.state.max_steps
             self.steps = [*getattr(self, "steps", []), (self._stage.name, far.item(), loss.item(), task.item(), u)]
