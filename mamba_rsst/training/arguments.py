@@ -254,7 +254,7 @@ class RSSTConfig(TrainingArguments):
             raise ValueError("`max_steps` does not say which stage it bounds; set the epochs of the stages instead.")
         if self.torch_compile:
             raise ValueError(
-                "`torch_compile` takes the whole model, whose widths change here; use `compile_blocks`, block by block."
+                "`torch_compile` takes the whole model, whose widths change here: use `compile_blocks` instead."
             )
         if self.cuda_graphs:
             apart = ("fp16", "gradient_checkpointing", "logging_nan_inf_filter", "torch_empty_cache_steps")

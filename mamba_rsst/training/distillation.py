@@ -115,7 +115,7 @@ def hidden_state_loss(
     channels: Tensor | None = None,
 ) -> Tensor:
     """How far the student's residual stream is from the teacher's: mean_ln ||s_ln - t_ln||^2 / ||t_ln||^2, an
-    fp32 scalar, over states l and samples n. A mean over samples, so that micro-batches and processes add up to the batch.
+    fp32 scalar, over states l and samples n: a mean over samples, so that micro-batches and processes add up.
 
     A model whose inner widths were cut still has the stream of the dense one, so its layers need no projection to be
     compared (as layer-wise distillation does with a learnt one: TinyBERT, arXiv:1909.10351; CoFi, arXiv:2204.00408).

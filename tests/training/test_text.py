@@ -287,8 +287,8 @@ class Gradients(TrainerCallback):
 
 
 @pytest.mark.parametrize("data", ["text", "answers"])
-@pytest.mark.parametrize("distillation", [0.0, 0.4])
-def test_accumulated_micro_batches_are_one_batch(tmp_path, folder, data, distillation):
+@pytest.mark.parametrize("distillation, hidden", [(0.0, 0.0), (0.4, 0.0), (0.0, 5.0)])
+def test_accumulated_micro_batches_are_one_batch(tmp_path, folder, data, distillation, hidden):
     """Where answers are few and unevenly many, the mean over tokens is not the mean of the micro-batches' means."""
     loaded = load(data_config(folder))
     if data == "answers":
@@ -305,6 +305,7 @@ def test_accumulated_micro_batches_are_one_batch(tmp_path, folder, data, distill
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=accumulate,
             distillation_weight=distillation,
+            distillation_hidden_weight=hidden,
             max_grad_norm=0.0,
         )
         trainer.add_callback(gradients)
