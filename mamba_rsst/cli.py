@@ -284,9 +284,10 @@ def _report(args) -> None:
     from pathlib import Path
 
     from .html_report import write_report
+    from .report import check_writable
 
     if args.out is not None:
-        _writable(Path(args.out).expanduser(), args.out)
+        check_writable(Path(args.out).expanduser(), args.out)
     out = write_report([Path(run).expanduser() for run in args.runs], args.out and Path(args.out).expanduser())
     print(f"Written to {out}; it needs no other file.")
 
@@ -316,6 +317,8 @@ def _new_folder(name: str, source: str):
     """The path of a folder to write, which must not exist, nor lie inside the folder that is read."""
     from pathlib import Path
 
+    from .report import check_writable
+
     out = Path(name).expanduser()
     if not name.strip():
         raise ValueError("The output folder has no name.")
@@ -323,29 +326,21 @@ def _new_folder(name: str, source: str):
         raise ValueError(f"{name!r} exists; choose a new folder.")
     if Path(source).is_dir() and Path(source).resolve() in out.absolute().resolve().parents:
         raise ValueError(f"{name!r} lies inside {source!r}, which is being read; choose a folder beside it.")
-    return _writable(out, name)
+    return check_writable(out, name)
 
 
 def _json_file(name: str | None):
     """The path of --json's file, None where it was not given; said to be unwritable before any work is done."""
     from pathlib import Path
 
+    from .report import check_writable
+
     if name is None or name == "-":
         return None
     file = Path(name).expanduser()
     if file.is_dir():
         raise ValueError(f"--json {name!r} is a folder.")
-    return _writable(file, name)
-
-
-def _writable(path, name: str):
-    """The path, if the folder that it would stand in can be written to."""
-    parent = next(parent for parent in path.absolute().parents if parent.exists())
-    if not parent.is_dir():
-        raise ValueError(f"{name!r} cannot be written: {str(parent)!r} is a file.")
-    if not os.access(parent, os.W_OK):
-        raise ValueError(f"{name!r} cannot be written: {str(parent)!r} is read-only.")
-    return path
+    return check_writable(file, name)
 
 
 def _save_beside(model, source: str, out) -> None:
@@ -532,6 +527,7 @@ def _eval_images(args) -> None:
     scores = evaluation.evaluate_images(
         model, data.eval.images, data.eval.labels, mean=mean, std=std, batch_size=batch_size, progress=True
     )
+    batch_size = min(batch_size, max(64, scores["num_samples"]))  # no larger one was asked of the model above
     inputs = {"pixel_values": torch.randn(batch_size, c.num_channels, c.image_size, c.image_size, device=device)}
     timing = speed.measure_throughput(model, inputs)
     memory = speed.measure_peak_memory(model, inputs)

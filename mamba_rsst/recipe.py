@@ -101,6 +101,8 @@ def read_yaml(path: str | Path):
         raise FileNotFoundError(f"There is no recipe {str(path)!r}.")
     try:
         return yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
+    except RecursionError:
+        raise RecipeError(f"{str(path)!r} is not valid YAML: it is nested too deeply.") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: text that is not UTF-8, a date that does not exist
         raise RecipeError(f"{str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
 

@@ -18,6 +18,16 @@ SWEEP_FILE = "sweep.yaml"
 """In a sweep's folder."""
 
 
+def check_writable(path: Path, name: str) -> Path:
+    """The path, if the folder that it would stand in can be written to. Raises ValueError that calls it `name`."""
+    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    if not parent.is_dir():
+        raise ValueError(f"{name!r} cannot be written: {str(parent)!r} is a file.")
+    if not os.access(parent, os.W_OK):
+        raise ValueError(f"{name!r} cannot be written: {str(parent)!r} is read-only.")
+    return path
+
+
 def write_atomic(path, content: bytes | str) -> Path:
     """Write beside `path`, then rename: a reader sees the old file or the new one, never half of one."""
     path = Path(path)

@@ -73,6 +73,7 @@ def _check_folder(folder: Path, recipe: Recipe, resume: bool) -> None:
         )
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{str(folder)!r} is not empty; choose another training.output_dir.")
+    report.check_writable(folder, f"training.output_dir={folder}")
 
 
 def _claim(folder: Path, recipe: Recipe, resume: bool) -> None:

@@ -211,6 +211,8 @@ def test_a_folder_that_holds_anything_else(refused, recipe, tmp_path):
     shutil.rmtree(tmp_path / "run")
     (tmp_path / "run").write_text("a file")
     assert "is a file" in refused("train", recipe)
+    error = refused("train", recipe, f"training.output_dir={tmp_path / 'run' / 'below'}")
+    assert "training.output_dir=" in error and f"{str(tmp_path / 'run')!r} is a file" in error
 
 
 def test_resume_without_a_run(refused, recipe, tmp_path):

@@ -256,6 +256,7 @@ def test_reading_a_recipe_claims_no_device(tmp_path):
     [
         (b"task: [image", "is not valid YAML: .*line 1"),
         (b"a: b: c", "is not valid YAML"),
+        (b"[" * 3000 + b"]" * 3000, "is not valid YAML: it is nested too deeply"),
         (b"\xff\xfe\x00", "is not valid YAML"),
         (b"- a\n- b", "must hold the sections .*'task'.* got list"),
         (b"just text", "must hold the sections .* got str"),

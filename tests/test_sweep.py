@@ -409,6 +409,15 @@ def test_data_that_are_not_there_fail_their_run_alone(tmp_path, hasty, capsys):
     assert "'./nowhere'" in results["runs"][1]["reason"]
 
 
+def test_a_step_that_never_comes_fails_the_run_that_rewinds_to_it_alone(tmp_path, hasty, capsys):
+    late = {"training.rewind": "step", "training.rewind_step": 99999}
+    assert main(["sweep", str(write_sweep(tmp_path, runs={"late": late, "on": {}}))]) == 2
+    assert "1 of 2 runs failed: late." in capsys.readouterr().err
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [run["status"] for run in results["runs"]] == ["failed", "finished"]
+    assert "`rewind_step` is 99999, but the first stage has" in results["runs"][0]["reason"]
+
+
 @pytest.mark.parametrize("text", ["{", "[]"])
 def test_a_damaged_run_of_a_sweep_is_named(tmp_path, hasty, capsys, text):
     path = write_sweep(tmp_path, runs={"small": {"training.method": "scratch"}})

@@ -15,6 +15,8 @@ UNPRUNED = ("dense", "scratch")
 """Methods whose run is its first stage alone."""
 REWINDS = ("none", "initial", "step")
 RAMPS = ("geometric", "linear", "cubic")
+LARGEST_WEIGHT, TEMPERATURES = 1e6, (0.01, 1000.0)
+"""Of distillation: what lies beyond leaves nothing of the task, or overflows."""
 
 
 @dataclass
@@ -206,6 +208,10 @@ class RSSTConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise ValueError(f"`{name}` must be >= 0 and finite, got {value}.")
+        if (weight := self.distillation_hidden_weight) > LARGEST_WEIGHT:
+            raise ValueError(f"`distillation_hidden_weight` must be at most {LARGEST_WEIGHT:g}, got {weight}.")
+        if not 0 < self.schedule_power < math.inf:
+            raise ValueError(f"`schedule_power` must be > 0 and finite, got {self.schedule_power}.")
         if self.method == "rsst" and self.rsst_epochs == 0:
             raise ValueError("`rsst_epochs` must be > 0: the leaving channels are decayed away during that stage.")
         if self.compile_shapes is not None and self.compile_shapes < 1:
@@ -232,8 +238,11 @@ class RSSTConfig(TrainingArguments):
             )
         if not 0.0 <= self.distillation_weight <= 1.0:
             raise ValueError(f"`distillation_weight` must be in [0, 1], got {self.distillation_weight}.")
-        if self.distillation_temperature <= 0:
-            raise ValueError(f"`distillation_temperature` must be > 0, got {self.distillation_temperature}.")
+        low, high = TEMPERATURES
+        if not low <= self.distillation_temperature <= high:
+            raise ValueError(
+                f"`distillation_temperature` must be in [{low}, {high}], got {self.distillation_temperature}."
+            )
         if self.penalty_scope == "all" and self.penalty != "group_lasso":
             raise ValueError(
                 '`penalty_scope="all"` goes with penalty="group_lasso"; growing_l2 decays leaving channels.'

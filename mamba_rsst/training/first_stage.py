@@ -18,7 +18,7 @@ LATER = frozenset(
         *("recovery_epochs", "recovery_learning_rate", "distillation_weight", "distillation_temperature"),
         *("distillation_hidden_weight", "distillation_hidden_fade"),
         *("penalty", "penalty_scope", "schedule", "schedule_power", "lambda_max", "residual"),
-        *("output_dir", "run_name", "hub_model_id"),
+        *("output_dir", "run_name", "hub_model_id", "logging_steps", "disable_tqdm", "per_device_eval_batch_size"),
     ]
 )
 """Settings that matter only after the first stage, or not for what is learnt at all. All others decide its weights."""

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import warnings
 
 import torch
 from torch import Tensor
@@ -107,7 +108,10 @@ class Leaving:
         per_epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
         first = math.ceil(stages[0].epochs * per_epoch)
         if args.method != "scratch" and args.rewinds_to == "step" and args.rewind_step > first:
-            raise ValueError(f"`rewind_step` is {args.rewind_step}, but the first stage has {first} steps.")
+            beyond = f"`rewind_step` is {args.rewind_step}, but the first stage has {first} steps."
+            if args.method != "dense":
+                raise ValueError(beyond)
+            warnings.warn(f"{beyond} None is kept.", stacklevel=3)  # of a sweep's runs others may begin with this one
         for stage in {(stage.decay, stage.spread): stage for stage in stages if stage.epochs > 0}.values():
             steps = math.ceil(stage.epochs * per_epoch)
             optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=stage.learning_rate)

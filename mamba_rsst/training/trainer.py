@@ -609,7 +609,7 @@ class _StageCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if self._takes_rewind_point(args) and args.rewind_step > state.max_steps:
+        if args.method != "dense" and self._takes_rewind_point(args) and args.rewind_step > state.max_steps:
             raise ValueError(f"`rewind_step` is {args.rewind_step}, but the first stage has {state.max_steps} steps.")
         self.trainer._leaving.start(self.trainer.lr_scheduler, state.max_steps)
         self.trainer._start_clock()

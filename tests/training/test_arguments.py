@@ -1,3 +1,4 @@
+import math
 import re
 import warnings
 
@@ -50,6 +51,10 @@ def test_every_method_and_schedule_is_accepted(tmp_path, method, schedule):
         (dict(distillation_temperature=0), ["`distillation_temperature`", "0"]),
         (dict(distillation_hidden_weight=-1), ["`distillation_hidden_weight`", "-1"]),
         (dict(distillation_hidden_weight=None), ["`distillation_hidden_weight`", "None"]),
+        (dict(distillation_hidden_weight=1e39), ["`distillation_hidden_weight`", "at most 1e+06"]),
+        (dict(distillation_temperature=math.nan), ["`distillation_temperature`", "[0.01, 1000.0]", "nan"]),
+        (dict(distillation_temperature=1e-300), ["`distillation_temperature`", "1e-300"]),
+        (dict(schedule_power=math.nan), ["`schedule_power`", "nan"]),
         (dict(torch_compile=True), ["`torch_compile`", "`compile_blocks`"]),
         (dict(penalty_scope="all"), ["`penalty_scope", "group_lasso"]),
         (dict(method="refill", rewind="step"), ["`rewind_step`"]),

@@ -571,6 +571,9 @@ def test_a_rewind_step_beyond_the_first_stage(tmp_path):
     with pytest.raises(ValueError, match="`rewind_step` is 4, but the first stage has 3 steps"):
         run(tmp_path / "run", method="refill", rewind="step", rewind_step=4)
     assert not (tmp_path / "run").exists()
+    with pytest.warns(UserWarning, match="the first stage has 3 steps. None is kept"):  # others may begin with it
+        trainer, _ = run(tmp_path / "run", method="dense", rewind="step", rewind_step=4)
+    assert trainer.run_state.done == 1 and not (tmp_path / "run" / "stages" / "0-train" / "rewind").exists()
 
 
 @pytest.mark.parametrize(
