@@ -33,7 +33,7 @@ FLOORS = {
     "sweep_report": {"report", "figures", "training"},
     "tasks": {"models", "pruning", "supernet", "training", "hub", "convert", "evaluation", "speed"},
 }
-TOP = ("recipe", "run", "sweep", "sweep_run", "cli", "__init__", "__main__")
+TOP = ("recipe", "run", "sweep", "sweep_run", "commands", "cli", "__init__", "__main__")
 # What else the ground floor may need. Some of it is optional there: its import stands in a `try`.
 OPTIONAL = {"triton", "selective_scan_cuda"}
 OUTSIDE = {"models": {"torch", "transformers", *OPTIONAL}, "pruning": {"torch"}, "supernet": {"torch"}}

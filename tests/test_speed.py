@@ -9,7 +9,8 @@ import torch
 from tiny import Keyword, batch_of, make
 from torch import nn
 
-from mamba_rsst import PruningConfig, cli, prune_, speed
+from mamba_rsst import PruningConfig, prune_, speed
+from mamba_rsst.commands.arguments import short_names
 from mamba_rsst.evaluation import weight_bytes
 from mamba_rsst.report import speed_table
 from mamba_rsst.speed import (
@@ -282,7 +283,7 @@ def test_the_table_names_the_run_and_compares():
     ],
 )
 def test_names_in_the_table_are_short_but_differ(paths, names):
-    assert cli._short_names(paths) == dict(zip(names, paths))
+    assert short_names(paths) == dict(zip(names, paths))
 
 
 # ---- the command, in a process of its own ----
