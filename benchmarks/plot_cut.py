@@ -16,7 +16,7 @@ LINES = ("o-", "s-", "^-", "D-", "v-", "P-", "X-", "*-", "<-")
 
 
 def read(files):
-    """{name: {parameters: [(after the cut, at the end), ...]}}, and [(parameters, accuracy), ...] of the dense ones."""
+    """{name: {parameters: [(after the cut, at the end)]}}, and of the dense ones [(parameters, accuracy)]."""
     runs, dense = defaultdict(lambda: defaultdict(list)), []
     for file in files:
         with open(file, encoding="utf-8") as text:
