@@ -242,8 +242,6 @@ class RSSTTrainer(Trainer):
             metrics["before_cut"] = self._evaluate_quietly()
             self._remove_(self.model)
             self._fresh_optimizer()
-            if not self._compiles():  # or this evaluation would compile every new shape
-                uncompile_blocks_(self.model)
             metrics["after_cut"] = self._evaluate_quietly()
         if stage.rewind:
             self._rewind(index, folder)
@@ -418,12 +416,13 @@ class RSSTTrainer(Trainer):
         self._clock = (time.perf_counter(), self.state.global_step)
 
     def _evaluate_quietly(self) -> dict:
-        """Metrics of the evaluation set, not mixed into the stage's log."""
+        """Metrics of the evaluation set, not mixed into the stage's log. Uncompiled: that would take longer."""
         if self.eval_dataset is None:
             return {}
         self._move_model_to_device(self.model, self.args.device)
         history = list(self.state.log_history)
-        metrics = self.evaluate()
+        with torch.compiler.set_stance("force_eager"):
+            metrics = self.evaluate()
         self.state.log_history = history
         return metrics
 

@@ -1,3 +1,4 @@
+import functools
 import math
 import re
 
@@ -723,6 +724,25 @@ def test_a_decaying_stage_may_have_a_schedule_of_its_own(tmp_path):
     assert last["leaving_share"] < 0.05  # the strength was solved for under the stage's own rates
 
 
+def test_what_is_evaluated_once_is_not_compiled(tmp_path, monkeypatch):
+    """Each stage ends with one pass over the evaluation set, the cut stands between two more."""
+    trained = []
+
+    def backend(graph, inputs):
+        trained.append(torch.is_grad_enabled())
+        return graph.forward
+
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend=backend))
+    torch._dynamo.reset()
+    trainer, _ = run(tmp_path, compile_blocks=True)
+    assert trained and all(trained)
+    assert {name: len(found) for name, found in trainer.run_state.metrics.items()} == {
+        "train": 1,
+        "rsst-1": 3,
+        "recover-1": 1,
+    }
+
+
 @pytest.mark.parametrize("most, compiled", [(None, ["train", "rsst-1", "recover-1"]), (1, ["train", "rsst-1"])])
 def test_compile_shapes_spares_uneven_models_the_compiler(tmp_path, monkeypatch, most, compiled):
     """Whether each stage's blocks run as compiled code; compiling itself is stood in for."""
@@ -731,10 +751,6 @@ def test_compile_shapes_spares_uneven_models_the_compiler(tmp_path, monkeypatch,
     def blocks(trainer):
         return {block._compiled_call_impl is not None for block in trainer.model.backbone.layers}
 
-    evaluated, whole = [], RSSTTrainer.evaluate
-    monkeypatch.setattr(RSSTTrainer, "evaluate", lambda self: evaluated.append(*blocks(self)) or whole(self))
     _, spy = run(tmp_path, at_start=blocks, compile_blocks=True, compile_shapes=most)
     assert [stage for stage, found in spy.found.items() if found == {True}] == compiled
     assert all(len(found) == 1 for found in spy.found.values())
-    # After train, before the cut, after it (where every new shape would be compiled), after recover
-    assert evaluated == [True, True, most is None, most is None]
