@@ -82,7 +82,7 @@ def read_run(folder: str | Path, label: str | None = None) -> SavedRun:
     elif state and not finished:
         more, under_way = _read_checkpoint(path, state)
         history = history + more
-    masks = {stage: _tensors(file) for stage, file in _stage_files(path, "masks.safetensors")}
+    masks = {stage: _tensors(file) for stage, file in _stage_files(path, RunFolder.MASKS)}
     return SavedRun(
         path=path,
         label=label or path.resolve().name,

@@ -74,6 +74,7 @@ def _check_folder(sweep: Sweep, resume: bool) -> None:
         raise ValueError(f"{str(folder)!r} already holds a sweep: go on with --resume, or choose another output_dir.")
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{str(folder)!r} is not empty; choose another output_dir.")
+    report.check_writable(folder, f"output_dir={folder}")
 
 
 def _claim(sweep: Sweep, resume: bool) -> None:

@@ -377,6 +377,9 @@ def test_nothing_is_written_for_a_folder_in_use(tmp_path, capsys):
     assert main(["sweep", str(path)]) == 2
     assert "not empty" in capsys.readouterr().err
     assert os.listdir(tmp_path / "out") == ["mine.txt"]
+    below = tmp_path / "out" / "mine.txt" / "sweep"
+    assert main(["sweep", str(path), f"output_dir={below}"]) == 2
+    assert f"'output_dir={below}' cannot be written" in capsys.readouterr().err
 
 
 def test_a_failed_first_stage_fails_its_runs_and_is_tried_once(tmp_path, hasty, monkeypatch, capsys):

@@ -42,13 +42,6 @@ def json_file(name: str | None):
     return check_writable(file, name)
 
 
-def save_beside(model, source: str, out) -> None:
-    """Write the whole folder beside `out`, then rename; the preprocessor or tokenizer goes along."""
-    from ..hub import save_folder
-
-    save_folder(model.save_pretrained, source, out)
-
-
 def move(model, device: str) -> None:
     import torch
 
@@ -75,16 +68,3 @@ def short_names(paths: list[str]) -> dict[str, str]:
 def check_classes(model, path: str, data) -> None:
     if len(data.id2label) != model.config.num_labels:
         raise ValueError(f"{path!r} has {len(data.id2label)} classes, the model {model.config.num_labels}.")
-
-
-def normalisation(model_path: str, data):
-    """The mean and deviation the model was trained with, from its preprocessor; else the data's own."""
-    import json
-    from pathlib import Path
-
-    file = Path(model_path) / "preprocessor_config.json"
-    if file.is_file():
-        saved = json.loads(file.read_text())
-        if "image_mean" in saved and "image_std" in saved:
-            return saved["image_mean"], saved["image_std"]
-    return data.mean, data.std

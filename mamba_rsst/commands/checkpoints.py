@@ -1,6 +1,6 @@
 """From one checkpoint to another: prune, inspect, convert, export, push."""
 
-from .arguments import check_classes, json_file, move, new_folder, save_beside
+from .arguments import check_classes, json_file, move, new_folder
 
 
 def prune(args) -> None:
@@ -51,8 +51,15 @@ def prune(args) -> None:
             f"{speed.device_name(model.device)})"
         )
     if not args.dry_run:
-        save_beside(model, args.model, out)
+        _save_beside(model, args.model, out)
         console.print(f"Saved to {args.out}. It has not been trained since the cut.")
+
+
+def _save_beside(model, source: str, out) -> None:
+    """Write the whole folder beside `out`, then rename; the preprocessor or tokenizer goes along."""
+    from ..hub import save_folder
+
+    save_folder(model.save_pretrained, source, out)
 
 
 def _sparsity(args):
@@ -139,7 +146,7 @@ def convert(args) -> None:
 
     out = new_folder(args.out, args.model)
     model = convert_checkpoint(args.model)
-    save_beside(model, args.model, out)
+    _save_beside(model, args.model, out)
     print(f"Saved to {args.out}: {count_parameters(model):,} parameters ({model.dtype}).")
 
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from .arguments import check_classes, json_file, move, normalisation, short_names
+from .arguments import check_classes, json_file, move, short_names
 
 
 _IMAGE_OPTIONS = ("split", "max_samples")
@@ -93,7 +93,7 @@ def _eval_images(args) -> None:
     c = model.config
     data = load_image_data(config, image_size=c.image_size, num_channels=c.num_channels)
     check_classes(model, config.path, data)
-    mean, std = normalisation(args.model, data)
+    mean, std = _normalisation(args.model, data)
     move(model, args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     device = model.device
     scores = evaluation.evaluate_images(
@@ -114,6 +114,19 @@ def _eval_images(args) -> None:
     ):
         table.add_row(name, value)
     Console().print(table)
+
+
+def _normalisation(model_path: str, data):
+    """The mean and deviation the model was trained with, from its preprocessor; else the data's own."""
+    import json
+    from pathlib import Path
+
+    file = Path(model_path) / "preprocessor_config.json"
+    if file.is_file():
+        saved = json.loads(file.read_text())
+        if "image_mean" in saved and "image_std" in saved:
+            return saved["image_mean"], saved["image_std"]
+    return data.mean, data.std
 
 
 def bench(args) -> None:

@@ -201,15 +201,16 @@ class RSSTConfig(TrainingArguments):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         numbers = ("learning_rate", "rsst_learning_rate", "recovery_learning_rate", "lambda_max")
-        numbers += ("rsst_epochs", "recovery_epochs", "spread_epochs", "distillation_hidden_weight")
-        if self.distillation_hidden_weight is None:
-            raise ValueError("`distillation_hidden_weight` must be a number, got None; 0 is none.")
+        numbers += ("rsst_epochs", "recovery_epochs", "spread_epochs")
         for name in numbers:
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise ValueError(f"`{name}` must be >= 0 and finite, got {value}.")
-        if (weight := self.distillation_hidden_weight) > LARGEST_WEIGHT:
-            raise ValueError(f"`distillation_hidden_weight` must be at most {LARGEST_WEIGHT:g}, got {weight}.")
+        weight = self.distillation_hidden_weight
+        if weight is None or not 0 <= weight <= LARGEST_WEIGHT:
+            raise ValueError(
+                f"`distillation_hidden_weight` must be >= 0 and at most {LARGEST_WEIGHT:g}, got {weight}."
+            )
         if not 0 < self.schedule_power < math.inf:
             raise ValueError(f"`schedule_power` must be > 0 and finite, got {self.schedule_power}.")
         if self.method == "rsst" and self.rsst_epochs == 0:
@@ -288,6 +289,11 @@ class RSSTConfig(TrainingArguments):
         """`rewind` with its default filled in."""
         return self.rewind or ("initial" if self.method == "refill" else "none")
 
+    @property
+    def is_taught(self) -> bool:
+        """Whether the dense model teaches the stages after the first, where there are any."""
+        return max(self.distillation_weight, self.distillation_hidden_weight) > 0
+
     def scheduler_of(self, decays: bool) -> SchedulerType:
         """The learning-rate schedule of stages that decay channels, or of the others."""
         return (self.rsst_lr_scheduler_type if decays else None) or self.lr_scheduler_type
@@ -327,9 +333,9 @@ class RSSTConfig(TrainingArguments):
         if self.method in UNPRUNED:
             ignored += ["num_rounds", "round_rate", "spread_epochs", "spread_residual", "ramp"]
             ignored += ["recovery_epochs", "recovery_learning_rate"]
-            ignored += ["distillation_weight", "distillation_hidden_weight"] if recovers else []
+            ignored += ["distillation_weight", "distillation_hidden_weight"]
             if self.method == "scratch" or self.rewind != "step":  # dense: for runs that take its stage over
                 ignored += ["rewind"]
         defaults = {f.name: f.default for f in fields(self)}
-        if names := [name for name in ignored if getattr(self, name) != defaults[name]]:
+        if names := [name for name in dict.fromkeys(ignored) if getattr(self, name) != defaults[name]]:
             warnings.warn(f"With method={self.method!r} and the other settings, {names} is ignored.", stacklevel=4)

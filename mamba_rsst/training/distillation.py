@@ -26,14 +26,17 @@ class Teacher:
         self._places = (None, None)  # the blocks and channels of this model's that the student still has
         self._hidden_weight, self._distance = torch.zeros(2, device=args.device)  # where a recorded step finds them
 
+    @property
+    def _holds(self) -> bool:
+        return self.args.distillation_hidden_weight > 0
+
     def begin(self, stage: Stage, dense: Callable, cuts: Callable[[], list[Masks]]) -> None:
         """dense: gives the model. cuts: gives the channels that the stages before this one have kept, in order."""
         args, self._stage = self.args, stage
-        taught = max(args.distillation_weight, args.distillation_hidden_weight) > 0
-        if not (taught and stage.round > 0 and stage.epochs > 0):
+        if not (args.is_taught and stage.round > 0 and stage.epochs > 0):
             self.model = None
             return
-        if args.distillation_hidden_weight > 0:
+        if self._holds:
             masks = cuts()
             channels = survivors(masks, "hidden_size")
             channels = None if channels is None else torch.tensor(channels, device=args.device)
@@ -44,13 +47,13 @@ class Teacher:
 
     def before_step(self, done: float) -> None:
         """done: the fraction of the stage's steps that has been made."""
-        if self.model is not None and self.args.distillation_hidden_weight > 0:
+        if self.model is not None and self._holds:
             fades = self.args.distillation_hidden_fade and not self._stage.decay
             self._hidden_weight.fill_(self.args.distillation_hidden_weight * (1.0 - done if fades else 1.0))
 
     def asked(self, inputs: dict) -> dict:
         """The student's inputs, so that its outputs hold what is compared."""
-        return {**inputs, "output_hidden_states": True} if self.args.distillation_hidden_weight > 0 else inputs
+        return {**inputs, "output_hidden_states": True} if self._holds else inputs
 
     @torch.no_grad()
     def answer(self, inputs: dict):
@@ -72,7 +75,7 @@ class Teacher:
             if items is not None:
                 soft = soft * processes  # which are averaged over
             loss = (1.0 - args.distillation_weight) * loss + args.distillation_weight * soft
-        if args.distillation_hidden_weight > 0:
+        if self._holds:
             far = hidden_state_loss(outputs["hidden_states"], teacher.hidden_states, *self._places)
             self._distance.copy_(far.detach())
             loss = loss + self._hidden_weight * share * far
@@ -80,8 +83,9 @@ class Teacher:
 
     def logs(self) -> dict:
         """How far the stream was in the last batch, as `hidden_state_loss` says."""
-        held = self.model is not None and self.args.distillation_hidden_weight > 0
-        return {"stream_distance": round(self._distance.item(), 6)} if held else {}
+        if self.model is None or not self._holds:
+            return {}
+        return {"stream_distance": round(self._distance.item(), 6)}
 
 
 def soft_target_loss(
@@ -134,8 +138,8 @@ def hidden_state_loss(
     for s, place in zip(student, places):
         t = teacher[place].detach()
         t = (t if channels is None else t.index_select(-1, channels)).float()
-        far, size = ((s.float() - t).square().flatten(1).mean(1), t.square().flatten(1).mean(1))
-        errors.append((far / size.clamp(min=torch.finfo(size.dtype).tiny)).mean())
+        far, size = (x.square().flatten(1).mean(1) for x in (s.float() - t, t))
+        errors.append((far / size.clamp(min=1e-12)).mean())
     return torch.stack(errors).mean()
 
 

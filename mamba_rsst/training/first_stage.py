@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from .arguments import RSSTConfig
-from .rounds import RunFolder, RunState, setting_of
+from .rounds import RunFolder, RunState
 
 
 LATER = frozenset(
@@ -58,10 +58,8 @@ def read_first_stage(path: str | Path, settings: dict, model) -> RunState:
     state = RunState(**json.loads((folder.path / RunFolder.STATE).read_text()))
     if state.settings.get("method") != "dense" or state.done < 1:
         raise ValueError(f"`first_stage`: {str(path)!r} must hold a finished run of method='dense'.")
-    for name in sorted((settings.keys() | state.settings.keys()) - LATER):
-        before, now = setting_of(state, name), settings.get(name)
-        if before != now:
-            raise ValueError(f"`first_stage`: {str(path)!r} was trained with {name}={before!r}, not {now!r}.")
+    if found := state.difference(settings, but=LATER):
+        raise ValueError(f"`first_stage`: {str(path)!r} was trained with {found}.")
     _check_shapes(model, path)
     point, kept = ([s.get(name) for name in ("rewind", "rewind_step")] for s in (settings, state.settings))
     if point[0] == "step" and point != kept:

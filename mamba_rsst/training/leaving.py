@@ -17,6 +17,17 @@ from .graphed_step import capture
 from .rounds import Stage
 
 
+def check_rewind_step(args: RSSTConfig, steps: int) -> None:
+    """Raises ValueError for a `rewind_step` beyond the first stage's `steps`; warns where the run itself, of method
+    dense, never rewinds: of a sweep's runs others may begin with it too."""
+    if args.rewind_step <= steps:
+        return
+    beyond = f"`rewind_step` is {args.rewind_step}, but the first stage has {steps} steps."
+    if args.method != "dense":
+        raise ValueError(beyond)
+    warnings.warn(f"{beyond} None is kept.", stacklevel=1)  # from here, so that it is said once
+
+
 class Leaving:
     """One object a trainer: `begin` and `end` bound a stage, the rest is asked at each step.
 
@@ -107,11 +118,8 @@ class Leaving:
         batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
         per_epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
         first = math.ceil(stages[0].epochs * per_epoch)
-        if args.method != "scratch" and args.rewinds_to == "step" and args.rewind_step > first:
-            beyond = f"`rewind_step` is {args.rewind_step}, but the first stage has {first} steps."
-            if args.method != "dense":
-                raise ValueError(beyond)
-            warnings.warn(f"{beyond} None is kept.", stacklevel=3)  # of a sweep's runs others may begin with this one
+        if args.method != "scratch" and args.rewinds_to == "step":
+            check_rewind_step(args, first)
         for stage in {(stage.decay, stage.spread): stage for stage in stages if stage.epochs > 0}.values():
             steps = math.ceil(stage.epochs * per_epoch)
             optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=stage.learning_rate)

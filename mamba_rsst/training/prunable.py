@@ -38,7 +38,7 @@ def check_agreement(method: str, pruning: PruningConfig, round_rate: float | Non
 
 def check_taught(model, args: RSSTConfig) -> None:
     """Raises ValueError for a model that cannot be compared with a teacher."""
-    if args.method in UNPRUNED or max(args.distillation_weight, args.distillation_hidden_weight) == 0:
+    if not args.is_taught:
         return
     if not getattr(model.config, "return_dict", True):
         raise ValueError("A model with `return_dict=False` in its config cannot be taught: its outputs have no names.")

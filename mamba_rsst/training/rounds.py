@@ -85,6 +85,15 @@ class RunState:
     spent: dict[str, dict] = field(default_factory=dict)
     """Finished stage -> {"epochs", "steps", "seconds"}; of an interrupted stage the seconds since it was resumed."""
 
+    def difference(self, settings: dict, but: Iterable[str] = ()) -> str | None:
+        """The first of `settings` that the run was not made with, as "name=before, not now". A setting that came after
+        the run has its default, which changes nothing."""
+        for name in sorted((settings.keys() | self.settings.keys()).difference(but)):
+            before, now = self.settings.get(name, vars(RSSTConfig).get(name)), settings.get(name)
+            if before != now:
+                return f"{name}={before!r}, not {now!r}"
+        return None
+
     def take_over(self, other: "RunState", channel_sparsity: bool) -> None:
         """Begin where `other`, a run of one stage, ended. channel_sparsity: in the log, as of a run that prunes."""
         more = {"channel_sparsity": 0.0} if channel_sparsity else {}
@@ -100,7 +109,7 @@ class RunFolder:
     checkpoint-*/ while it trains, model/ once it is finished, rewind/ the initial weights cut alike.
     """
 
-    STATE = "rsst_state.json"
+    STATE, MASKS = "rsst_state.json", "masks.safetensors"
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
@@ -114,10 +123,8 @@ class RunFolder:
         names = [s.name for s in stages]
         if state.stages != names:
             raise ValueError(f"{str(self.path)!r} holds a run with the stages {state.stages}, not {names}.")
-        for name in sorted(settings.keys() | state.settings.keys()):
-            before, now = setting_of(state, name), settings.get(name)
-            if before != now:
-                raise ValueError(f"{str(self.path)!r} was started with {name}={before!r}, not {now!r}.")
+        if found := state.difference(settings):
+            raise ValueError(f"{str(self.path)!r} was started with {found}.")
         return state
 
     def write(self, state: RunState) -> None:
@@ -135,7 +142,7 @@ class RunFolder:
 
     def masks(self, index: int, stage: Stage) -> Path:
         """What that stage chose."""
-        return self.stage(index, stage) / "masks.safetensors"
+        return self.stage(index, stage) / self.MASKS
 
     def model(self, index: int, stages: list[Stage]) -> Path:
         """The model that stage `index` starts from."""
@@ -168,11 +175,6 @@ def save_masks(masks: Masks, path: Path) -> None:
 
 def load_masks(path: Path) -> Masks:
     return load_file(path)
-
-
-def setting_of(state: RunState, name: str):
-    """What the run was made with: of a setting that came after it, the default, which changes nothing."""
-    return state.settings.get(name, vars(RSSTConfig).get(name))
 
 
 def survivors(masks: Iterable[Masks], dim: str) -> list[int] | None:

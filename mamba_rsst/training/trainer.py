@@ -37,7 +37,7 @@ from .data import EpochSampler
 from .distillation import Teacher
 from .first_stage import copy_first_stage, read_first_stage
 from .graphed_step import GraphedStep
-from .leaving import Leaving
+from .leaving import Leaving, check_rewind_step
 from .prunable import check_prunable, check_taught
 from .rounds import (
     NOT_UPLOADED,
@@ -242,6 +242,8 @@ class RSSTTrainer(Trainer):
             metrics["before_cut"] = self._evaluate_quietly()
             self._remove_(self.model)
             self._fresh_optimizer()
+            if not self._compiles():  # or scoring them without a recovery before would compile every new shape
+                uncompile_blocks_(self.model)
             metrics["after_cut"] = self._evaluate_quietly()
         if stage.rewind:
             self._rewind(index, folder)
@@ -276,7 +278,7 @@ class RSSTTrainer(Trainer):
 
     def _select(self, stage: Stage, folder) -> Masks:
         """Choose on the trained weights, before anything is rewound; rank 0 decides for all processes."""
-        path = folder / "masks.safetensors"
+        path = folder / RunFolder.MASKS
         chosen = [path.is_file() and load_masks(path)]
         broadcast_object_list(chosen)
         if self._channels:
@@ -608,8 +610,8 @@ class _StageCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if args.method != "dense" and self._takes_rewind_point(args) and args.rewind_step > state.max_steps:
-            raise ValueError(f"`rewind_step` is {args.rewind_step}, but the first stage has {state.max_steps} steps.")
+        if self._takes_rewind_point(args):
+            check_rewind_step(args, state.max_steps)
         self.trainer._leaving.start(self.trainer.lr_scheduler, state.max_steps)
         self.trainer._start_clock()
 

@@ -110,6 +110,11 @@ def test_states_without_a_counterpart_are_an_error():
         hidden_state_loss(states, states, blocks=[0, 2])
 
 
+def test_a_teacher_whose_stream_is_zero_gives_no_nan():
+    loss = hidden_state_loss([torch.ones(1, 2, 3)] * 2, [torch.zeros(1, 2, 3)] * 2)
+    assert loss.isfinite()
+
+
 def test_a_stream_that_is_the_teachers_is_nowhere_far_even_if_it_is_zero():
     states = [torch.zeros(1, 2, 3)] * 2
     assert hidden_state_loss(states, states) == 0.0

@@ -751,6 +751,10 @@ def test_compile_shapes_spares_uneven_models_the_compiler(tmp_path, monkeypatch,
     def blocks(trainer):
         return {block._compiled_call_impl is not None for block in trainer.model.backbone.layers}
 
+    evaluated, whole = [], RSSTTrainer.evaluate
+    monkeypatch.setattr(RSSTTrainer, "evaluate", lambda self: evaluated.append(*blocks(self)) or whole(self))
     _, spy = run(tmp_path, at_start=blocks, compile_blocks=True, compile_shapes=most)
     assert [stage for stage, found in spy.found.items() if found == {True}] == compiled
     assert all(len(found) == 1 for found in spy.found.values())
+    # After train, before the cut, after it (where every new shape would be compiled), after recover
+    assert evaluated == [True, True, most is None, most is None]
