@@ -214,3 +214,25 @@ def test_a_run_with_recorded_steps_is_the_run_without(tmp_path, monkeypatch, pen
     assert all(g._inputs["pixel_values"].shape[0] == 20 for g in made)
     assert bool(decays) == (penalty == "growing_l2")
     assert graphed._graphed is None and graphed._leaving.graphed_decay is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("more", [{"ema_decay": 0.9}, {"distillation_hidden_weight": 3.0, "distillation_weight": 0.5}])
+def test_a_run_of_recorded_steps_on_a_gpu_is_the_run_without(tmp_path, more):
+    """What reads the weights between replays, the average, and what a replay must read anew, the teacher's weight."""
+    from tiny_runs import assert_same_state, make_trainer
+
+    results = []
+    for recorded in (False, True):
+        arguments = dict(num_train_epochs=3, rsst_epochs=3, recovery_epochs=3, eval_strategy="epoch", use_cpu=False)
+        arguments |= dict(distillation_hidden_fade="distillation_weight" in more, **more)
+        trainer = make_trainer(tmp_path / str(recorded), cuda_graphs=recorded, **arguments)
+        trainer.train()
+        results.append(trainer)
+    plain, graphed = (trainer.model.state_dict() for trainer in results)
+    assert next(iter(plain.values())).is_cuda
+    assert_same_state(graphed, plain, rtol=1e-3, atol=1e-4)
+    for before, after in zip(results[0].run_state.history, results[1].run_state.history, strict=True):
+        assert before.keys() == after.keys()
+        for key in {"loss", "eval_loss", "stream_distance"} & before.keys():
+            assert before[key] == pytest.approx(after[key], rel=1e-2), key
