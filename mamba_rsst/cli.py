@@ -64,6 +64,13 @@ def _parser() -> argparse.ArgumentParser:
         help="changes to every run; runs.NAME.section.key=value to one; output_dir=FOLDER to the sweep",
     )
     sweep.add_argument("--resume", action="store_true", help="go on with a sweep, or join one that is going on")
+    sweep.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="RUN",
+        help="make only the runs of this name or title, or pattern such as '*seed 0'; may be repeated, in this order",
+    )
     sweep.add_argument("--dry-run", action="store_true", help="print the runs, write nothing")
     sweep.set_defaults(run=_sweep)
 
@@ -189,21 +196,23 @@ def _train(args) -> None:
 
 
 def _sweep(args) -> None:
-    from .sweep import load_sweep, print_plan
+    from .sweep import choose_runs, load_sweep, print_plan
 
     sweep = load_sweep(args.sweep, args.overrides)
+    runs = choose_runs(sweep, args.only)
     if args.dry_run:
-        print_plan(sweep)
+        print_plan(sweep, runs)
         return
     from .sweep_report import print_table
     from .sweep_run import run_sweep
 
-    results = run_sweep(sweep, resume=args.resume)
+    results = run_sweep(sweep, args.resume, runs)
     print_table(results)
     print(f"\nSaved to {sweep.output_dir}: results.md, results.json and figures/sweep.png.")
-    failed = [run["folder"] for run in results["runs"] if run["status"] == "failed"]
+    asked = {run.folder.name for run in runs}
+    failed = [run["folder"] for run in results["runs"] if run["status"] == "failed" and run["folder"] in asked]
     if failed:
-        raise ValueError(f"{len(failed)} of {len(results['runs'])} runs failed: {', '.join(failed)}.")
+        raise ValueError(f"{len(failed)} of {len(asked)} runs failed: {', '.join(failed)}.")
 
 
 def _report(args) -> None:

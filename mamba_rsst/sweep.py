@@ -4,6 +4,7 @@ This module reads the file; sweep_run makes the runs, sweep_report the table and
 """
 
 import copy
+import fnmatch
 import hashlib
 import itertools
 import json
@@ -69,7 +70,11 @@ class Sweep:
     @property
     def first_stages(self) -> list[Recipe]:
         """The dense runs that several runs begin with, in order."""
-        return list({folder_of(run.first_stage): run.first_stage for run in self.runs if run.first_stage}.values())
+        return first_stages_of(self.runs)
+
+
+def first_stages_of(runs: list[Run]) -> list[Recipe]:
+    return list({folder_of(run.first_stage): run.first_stage for run in runs if run.first_stage}.values())
 
 
 def folder_of(recipe: Recipe) -> Path:
@@ -297,30 +302,51 @@ def _dense(recipe: Recipe, point: int | None, folder: Path) -> Recipe:
     return replace(recipe, pruning=None, training=training)
 
 
-def print_plan(sweep: Sweep) -> None:
-    """What a sweep would do: its runs in order, their folders, their epochs."""
+# ---- which runs, and what they would do ----
+def choose_runs(sweep: Sweep, patterns: list[str] = ()) -> list[Run]:
+    """The runs whose name or title a pattern of the shell matches, in the patterns' order; all where there is none.
+
+    Raises RecipeError for a pattern that matches no run.
+    """
+    chosen = {}
+    for pattern in patterns:
+        found = [run for run in sweep.runs if any(fnmatch.fnmatchcase(n, pattern) for n in (run.name, run.title))]
+        if not found:
+            names = list(dict.fromkeys(run.name for run in sweep.runs))
+            raise RecipeError(
+                f"{pattern!r} matches no run: give a name of {names}, a title such as {sweep.runs[-1].title!r}, "
+                "or a pattern with * and ?."
+            )
+        chosen |= {run.folder: run for run in found}
+    return list(chosen.values()) if patterns else sweep.runs
+
+
+def print_plan(sweep: Sweep, runs: list[Run] | None = None) -> None:
+    """What a sweep would do: its runs in order, or some of them, their folders, their epochs."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{len(sweep.runs)} runs in {sweep.output_dir}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    runs = sweep.runs if runs is None else runs
+    some = f"{len(runs)} of {len(sweep.runs)}" if len(runs) < len(sweep.runs) else len(runs)
+    table = Table(title=f"{some} runs in {sweep.output_dir}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("Run")
     table.add_column("Folder", overflow="fold")
     table.add_column("Epochs", justify="right")
     table.add_column("First stage")
-    total, shared = 0.0, sweep.first_stages
+    total, shared = 0.0, first_stages_of(runs)
     for index, recipe in enumerate(shared, 1):
         table.add_row(
             f"first stage {index}", f"{FIRST_STAGES}/{folder_of(recipe).name}", f"{epochs_of(recipe):g}", "for others"
         )
         total += epochs_of(recipe)
-    for run in sweep.runs:
+    for run in runs:
         epochs, first = epochs_of(run.recipe), "its own"
         if run.first_stage is not None:
             epochs -= epochs_of(run.first_stage)
             first = f"first stage {shared.index(run.first_stage) + 1}"
         table.add_row(run.title, run.folder.name, f"{epochs:g}", first)
         total += epochs
-    apart = sum(epochs_of(run.recipe) for run in sweep.runs)
+    apart = sum(epochs_of(run.recipe) for run in runs)
     table.caption = f"{total:g} epochs of training in all; without shared first stages it would be {apart:g}."
     Console().print(table)

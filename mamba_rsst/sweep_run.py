@@ -22,9 +22,10 @@ from .tasks import TASKS
 WAIT_SECONDS = 2.0
 
 
-def run_sweep(sweep: Sweep, resume: bool = False) -> dict:
-    """Make the sweep's runs that no other process makes, and wait for the others. Returns the results.
+def run_sweep(sweep: Sweep, resume: bool = False, runs: list[Run] | None = None) -> dict:
+    """Make the sweep's runs that no other process makes, and wait for the others. Returns the results of the sweep.
 
+    runs: those of `sweep.runs` to make, in this order; default all.
     resume: go on with the sweep in its folder; several processes may work on one, each started so. results.json,
     results.md and the figure are written anew after every run. A run that raises ValueError, or whose data are
     not there, is noted with its reason and tried again when the sweep is resumed.
@@ -37,9 +38,9 @@ def run_sweep(sweep: Sweep, resume: bool = False) -> dict:
         )
     _check_settings(sweep)
     _check_folder(sweep, resume)
-    worker, todo = _Worker(sweep), sweep.runs
+    worker, todo = _Worker(sweep), sweep.runs if runs is None else runs
     if not resume:
-        worker.load(sweep.runs[0].recipe)  # and keeps it
+        worker.load(todo[0].recipe)  # and keeps it
     _claim(sweep, resume)
     while todo:
         outcomes = [worker.attempt(run) for run in todo]

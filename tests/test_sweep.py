@@ -18,7 +18,7 @@ from mamba_rsst import speed, sweep_report, sweep_run
 from mamba_rsst.cli import main
 from mamba_rsst.recipe import RecipeError, build_recipe, load_recipe
 from mamba_rsst.run import run_recipe
-from mamba_rsst.sweep import beginning_of, epochs_of, load_sweep
+from mamba_rsst.sweep import beginning_of, choose_runs, epochs_of, load_sweep
 from mamba_rsst.tasks.image_classification import ImageClassification
 from mamba_rsst.training.arguments import RSSTConfig
 from mamba_rsst.training.first_stage import LATER
@@ -366,6 +366,44 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys):
     assert "6 runs" in out and "refill_seed-1" in out
     # 2 first stages of 1; RSST 1 + 1, Refill 1, scratch 2, each twice
     assert "12 epochs of training in all; without shared first stages it would be 14." in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    "patterns, wanted",
+    [
+        ([], ["A, seed 0", "B [x], seed 0", "A, seed 1", "B [x], seed 1"]),
+        (["A"], ["A, seed 0", "A, seed 1"]),
+        (["B*", "A, seed 1", "*"], ["B [x], seed 0", "B [x], seed 1", "A, seed 1", "A, seed 0"]),
+        (["*seed 1"], ["A, seed 1", "B [x], seed 1"]),
+        (["B [[]x], seed ?"], ["B [x], seed 0", "B [x], seed 1"]),
+    ],
+)
+def test_some_runs_are_chosen_by_name_title_or_pattern(tmp_path, patterns, wanted):
+    sweep = load_sweep(write_sweep(tmp_path, runs={"A": {}, "B [x]": {}}, grid={"training.seed": [0, 1]}))
+    assert [run.title for run in choose_runs(sweep, patterns)] == wanted
+
+
+@pytest.mark.parametrize("pattern", ["C", "a", "A, seed", ""])
+def test_a_pattern_that_matches_no_run_is_an_error(tmp_path, capsys, pattern):
+    path = write_sweep(tmp_path, runs={"A": {}, "B": {}}, grid={"training.seed": [0, 1]})
+    assert main(["sweep", str(path), "--only", "A", "--only", pattern]) == 2
+    error = capsys.readouterr().err
+    assert all(word in error for word in (f"{pattern!r} matches no run", "['A', 'B']", "'B, seed 1'"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_some_runs_now_and_the_others_later(tmp_path, hasty, capsys):
+    runs = {"A": {"training.method": "prune"}, "B": {"training.method": "prune"}, "bad": {"pruning.floor": 0.9}}
+    path = write_sweep(tmp_path, runs={**runs, "small": RUNS["small"]})
+    assert main(["sweep", str(path), "--only", "small", "--only", "B"]) == 0
+    out = capsys.readouterr().out
+    assert re.findall(r"^Run (\d) of 4: (.+?) ─", out, re.M) == [("4", "small"), ("2", "B")]
+    assert out.count("First stage of several runs") == 1 and "2 of 4 runs are not finished" in " ".join(out.split())
+    assert main(["sweep", str(path), "--resume", "--only", "bad"]) == 2
+    assert "1 of 1 runs failed: bad." in capsys.readouterr().err
+    assert main(["sweep", str(path), "--resume", "--only", "A"]) == 0, "another run's failure is not this one's"
+    out = capsys.readouterr().out
+    assert re.findall(r"^Run (\d) of 4", out, re.M) == ["1"] and "First stage" not in out
 
 
 def test_nothing_is_written_for_a_folder_in_use(tmp_path, capsys):
