@@ -168,6 +168,15 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     os.replace(beside, path)
 
 
+def replace_folder(model, path) -> None:
+    """Save a model beside `path`, then put it in place: the folder is whole or absent."""
+    beside = path.with_name(path.name + ".tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    model.save_pretrained(beside)
+    shutil.rmtree(path, ignore_errors=True)
+    beside.rename(path)
+
+
 def save_masks(masks: Masks, path: Path) -> None:
     """Masks of channels, or of weights."""
     save_tensors(masks, path)

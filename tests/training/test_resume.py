@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 from tiny_runs import assert_same_state, make_model, make_trainer, write_recipe
 from transformers import TrainerCallback, TrainerState
 
-from mamba_rsst.training import rounds
-from mamba_rsst.training import trainer as trainer_module
+from mamba_rsst.training import rounds, staged
 from mamba_rsst.training.augmentation import AugmentationConfig, BatchAugmentation
 
 
@@ -190,14 +189,14 @@ POINTS = {
     "the start is saved, the state is not": (rounds.RunFolder, "write", 1, False),
     "nothing is trained yet": (rounds.RunFolder, "write", 1, True),
     "the model of a stage is saved, the state does not say so": (rounds.RunFolder, "write", 2, False),
-    "between two stages, checkpoints are left over": (trainer_module, "remove_checkpoints", 1, False),
-    "between two stages": (trainer_module, "remove_checkpoints", 1, True),
-    "channels are chosen, but not written down": (trainer_module, "save_masks", 1, False),
-    "channels are chosen and written down": (trainer_module, "save_masks", 1, True),
-    "before the cut": (trainer_module, "shrink_", 1, False),
-    "after the cut": (trainer_module, "shrink_", 1, True),
-    "before the cut model is saved": (trainer_module, "_replace_folder", 3, False),
-    "between the last two stages": (trainer_module, "remove_checkpoints", 2, True),
+    "between two stages, checkpoints are left over": (staged, "remove_checkpoints", 1, False),
+    "between two stages": (staged, "remove_checkpoints", 1, True),
+    "channels are chosen, but not written down": (staged, "save_masks", 1, False),
+    "channels are chosen and written down": (staged, "save_masks", 1, True),
+    "before the cut": (staged, "shrink_", 1, False),
+    "after the cut": (staged, "shrink_", 1, True),
+    "before the cut model is saved": (staged, "replace_folder", 3, False),
+    "between the last two stages": (staged, "remove_checkpoints", 2, True),
 }
 
 
@@ -218,7 +217,7 @@ def test_around_the_stages(tmp_path, monkeypatch, whole, method, point):
 def test_before_a_choice_that_comes_after_a_later_stage(tmp_path, monkeypatch, whole, method, choice):
     """The score looks at augmented batches: those of its own stage, not of the stage that this process ran before."""
     trainer = trainer_of(tmp_path, method)
-    KillAt(monkeypatch, trainer_module, "save_masks", choice)
+    KillAt(monkeypatch, staged, "save_masks", choice)
     killed(trainer, monkeypatch)
     assert trainer.run_state.done >= 2
     resume(tmp_path, whole[method], method=method)
@@ -284,7 +283,7 @@ def test_a_checkpoint_that_is_half_written_is_ignored(tmp_path, monkeypatch, who
 
 def test_without_any_checkpoint_a_stage_begins_again(tmp_path, monkeypatch, whole):
     trainer = trainer_of(tmp_path, save_strategy="no")
-    KillAt(monkeypatch, trainer_module, "shrink_", 1)
+    KillAt(monkeypatch, staged, "shrink_", 1)
     killed(trainer, monkeypatch)
     resume(tmp_path, whole["rsst"], save_strategy="no")
 
@@ -324,7 +323,7 @@ def test_what_was_frozen_stays_frozen(tmp_path, monkeypatch):
     finished, broken = frozen(tmp_path / "whole"), frozen(tmp_path / "broken")
     before = finished.model.backbone.embeddings.cls_token.clone()
     finished.train()
-    KillAt(monkeypatch, trainer_module, "shrink_", 1)
+    KillAt(monkeypatch, staged, "shrink_", 1)
     killed(broken, monkeypatch)
     resumed = frozen(tmp_path / "broken")
     resumed.train(resume_from_checkpoint=True)
