@@ -16,6 +16,7 @@ from .recipe import Recipe, load_recipe
 from .report import LOG_FILE, RECIPE_FILE, RESULTS_FILE
 from .tasks import TASKS
 from .training.first_stage import differing_settings
+from .training.prunable import check_run
 from .training.rounds import surviving_blocks
 from .training.trainer import RSSTTrainer
 
@@ -53,6 +54,14 @@ def run_recipe(recipe: Recipe, resume: bool = False, data=None, first_stage=None
         print(f"\nSaved to {folder}: the model, its card (README.md), the figures and {RESULTS_FILE}.")
     trainer.accelerator.wait_for_everyone()
     return results
+
+
+def check_recipe(recipe: Recipe, data) -> None:
+    """Raises ValueError where `run_recipe` on these data could not come to its end: a budget out of reach, a stage too
+    short. For who trains something else first."""
+    args = recipe.training_arguments()
+    set_seed(args.seed)
+    check_run(_start_model(TASKS[recipe.task], recipe, data, args.seed), args, recipe.pruning, data.train)
 
 
 def _check_folder(folder: Path, recipe: Recipe, resume: bool) -> None:

@@ -13,7 +13,7 @@ import torch
 from . import report, sweep_report
 from .recipe import Recipe, RecipeError
 from .report import RECIPE_FILE, RESULTS_FILE, SWEEP_FILE
-from .run import run_recipe
+from .run import check_recipe, run_recipe
 from .saved_run import read_results
 from .sweep import Run, Sweep, beginning_of, folder_of, network_of, seed_of
 from .tasks import TASKS
@@ -143,6 +143,7 @@ class _Worker:
         self._data = (None, None)
         self._waits = False
         self._failed: dict[Path, str] = {}
+        self._checked: set[Path] = set()
 
     def attempt(self, run: Run) -> str:
         """ "done", now or before, well or badly; "waits" for another process, which makes it or its first stage."""
@@ -152,6 +153,7 @@ class _Worker:
             if _finished(run.folder):
                 return "done"
             try:
+                self._check(run)
                 if not self._make_first_stage(run.first_stage):
                     return "waits"
                 self._say(f"Run {self.sweep.runs.index(run) + 1} of {len(self.sweep.runs)}: {run.title}")
@@ -166,6 +168,16 @@ class _Worker:
                 report.write_atomic(_failure_file(run.folder), reason)
         gather(self.sweep)
         return "done"
+
+    def _check(self, run: Run) -> None:
+        """A run that cannot be made fails before the training that it would have shared."""
+        if (
+            run.first_stage is not None
+            and not _finished(folder_of(run.first_stage))
+            and run.folder not in self._checked
+        ):
+            check_recipe(run.recipe, self.load(run.recipe))
+            self._checked.add(run.folder)
 
     def _make_first_stage(self, recipe: Recipe | None) -> bool:
         """Whether it is there; False while another process trains it. Raises ValueError where it has failed."""

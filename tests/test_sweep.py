@@ -434,6 +434,25 @@ def test_a_failed_first_stage_fails_its_runs_and_is_tried_once(tmp_path, hasty, 
     assert "rsst failed: its first stage: no luck" in table and "small failed: no luck" in table
 
 
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"pruning.floor": 0.9}, "with floor=0.9"),
+        ({"training.rsst_epochs": 1, "training.lambda_max": 1e9}, "lower `lambda_max`"),
+    ],
+)
+def test_a_run_that_cannot_be_made_fails_before_the_training_it_would_have_shared(
+    tmp_path, hasty, capsys, changes, reason
+):
+    path = write_sweep(tmp_path, runs={"a": changes, "b": {**changes, "training.residual": 0.02}})
+    assert main(["sweep", str(path)]) == 2
+    assert "First stage of several runs" not in capsys.readouterr().out
+    assert not any((tmp_path / "out" / "first-stages").glob("*/*"))
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [run["status"] for run in results["runs"]] == ["failed"] * 2
+    assert all(reason in run["reason"] for run in results["runs"]), results["runs"]
+
+
 def test_data_that_are_not_there_are_an_error_before_anything_is_written(tmp_path, capsys):
     path = write_sweep(tmp_path, set={"data.path": "./nowhere"})
     assert main(["sweep", str(path)]) == 2

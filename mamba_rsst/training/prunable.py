@@ -9,6 +9,30 @@ from ..pruning import PruningConfig, find_groups, select_channels
 from ..pruning.config import BUDGETS
 from ..pruning.weight_masks import check_weight_pruning
 from .arguments import UNPRUNED, RSSTConfig
+from .leaving import Leaving
+from .rounds import plan_stages
+
+
+def check_run(model, args: RSSTConfig, pruning: PruningConfig | None, samples=None) -> None:
+    """Raises ValueError for a run that would fail later: before, or hours into, its training.
+
+    model: what the run starts from; None where that is not known. samples: the training set.
+    """
+    if args.method not in UNPRUNED:
+        if pruning is None:
+            raise ValueError(f"method={args.method!r} needs `pruning`, a PruningConfig.")
+        if model is not None:
+            check_prunable(model, args, pruning)
+            check_taught(model, args)
+    batch = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and hasattr(samples, "__len__") and len(samples) < batch:
+        raise ValueError(f"`dataloader_drop_last` leaves nothing of {len(samples)} samples in batches of {batch}.")
+    if args.cuda_graphs and (args.device.type != "cuda" or args.world_size * args.n_gpu > 1):
+        here = f"{args.world_size * max(1, args.n_gpu)} x {args.device.type}"
+        raise ValueError(f"`cuda_graphs` needs one process on one CUDA GPU; this run has {here}.")
+    stages, leaving = plan_stages(args), Leaving(args)
+    if hasattr(samples, "__len__"):
+        leaving.check(stages, len(samples))
 
 
 def removed_by(round_rate: float, num_rounds: int) -> float:

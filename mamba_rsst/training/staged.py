@@ -31,7 +31,7 @@ from .compiling import compile_blocks_, few_shapes, uncompile_blocks_
 from .distillation import Teacher
 from .first_stage import copy_first_stage, read_first_stage
 from .leaving import Leaving
-from .prunable import check_prunable, check_taught
+from .prunable import check_run
 from .rounds import (
     WHOLE,
     RunFolder,
@@ -72,21 +72,7 @@ class StagedTrainer(Trainer):
             raise ValueError(f"`args` must be an RSSTConfig, got {type(args).__name__}.")
         if kwargs.get("model_init") is not None or any(kwargs.get("optimizers") or ()):
             raise ValueError("RSSTTrainer takes a `model` and builds its optimizers itself, by `args.optim`.")
-        if args.method not in UNPRUNED:
-            if pruning is None:
-                raise ValueError(f"method={args.method!r} needs `pruning`, a PruningConfig.")
-            if model is not None:
-                check_prunable(model, args, pruning)
-                check_taught(model, args)
-        batch, samples = args.train_batch_size * args.world_size, kwargs.get("train_dataset")
-        if args.dataloader_drop_last and hasattr(samples, "__len__") and len(samples) < batch:
-            raise ValueError(f"`dataloader_drop_last` leaves nothing of {len(samples)} samples in batches of {batch}.")
-        if args.cuda_graphs and (args.device.type != "cuda" or args.world_size * args.n_gpu > 1):
-            here = f"{args.world_size * max(1, args.n_gpu)} x {args.device.type}"
-            raise ValueError(f"`cuda_graphs` needs one process on one CUDA GPU; this run has {here}.")
-        stages, leaving = plan_stages(args), Leaving(args)
-        if hasattr(samples, "__len__"):
-            leaving.check(stages, len(samples))
+        check_run(model, args, pruning, kwargs.get("train_dataset"))
         super().__init__(model=model, args=args, **kwargs)
         if self.is_deepspeed_enabled and (args.method not in UNPRUNED or args.ema_decay > 0):
             raise ValueError("Weights that DeepSpeed has sharded cannot be scored, cut or averaged; use FSDP 2.")
@@ -98,12 +84,12 @@ class StagedTrainer(Trainer):
         self._whole = None  # the whole model, which waits while a stage trains a sharded copy
         self.pruning = pruning
         self.calibration = None if calibration is None else list(calibration)  # read again in every round
-        self.stages = stages
+        self.stages = plan_stages(args)
         self.run_folder = RunFolder(args.output_dir)
         self.run_state: RunState | None = None
         self.teacher = Teacher(args)
         self._stage: Stage | None = None
-        self._leaving = leaving
+        self._leaving = Leaving(args)
         self._average = WeightAverage(args.ema_decay)
         self.callback_handler.callbacks.insert(0, self._average)  # others see the average when a stage's training ends
 
