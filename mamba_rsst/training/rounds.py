@@ -89,7 +89,7 @@ class RunState:
         """The first of `settings` that the run was not made with, as "name=before, not now". A setting that came after
         the run has its default, which changes nothing."""
         for name in sorted((settings.keys() | self.settings.keys()).difference(but)):
-            before, now = self.settings.get(name, vars(RSSTConfig).get(name)), settings.get(name)
+            before, now = self.settings.get(name, getattr(RSSTConfig, name, None)), settings.get(name)
             if before != now:
                 return f"{name}={before!r}, not {now!r}"
         return None
@@ -106,7 +106,8 @@ class RunFolder:
     """The layout of a run's folder.
 
     rsst_state.json; start/ the initial weights; stages/<i>-<name>/: masks.safetensors (what that stage chose),
-    checkpoint-*/ while it trains, model/ once it is finished, rewind/ the initial weights cut alike.
+    checkpoint-*/ and what of it goes to the hub, upload/, while it trains, model/ once it is finished, rewind/ the
+    initial weights cut alike.
     """
 
     STATE, MASKS = "rsst_state.json", "masks.safetensors"
@@ -139,6 +140,11 @@ class RunFolder:
 
     def stage(self, index: int, stage: Stage) -> Path:
         return self.path / "stages" / f"{index}-{stage.name}"
+
+    @staticmethod
+    def upload(stage: str | os.PathLike) -> Path:
+        """What goes to the hub while the stage of that folder trains."""
+        return Path(stage) / "upload"
 
     def masks(self, index: int, stage: Stage) -> Path:
         """What that stage chose."""
@@ -227,7 +233,7 @@ def last_complete_checkpoint(folder: Path, processes: int = 1, files: tuple[str,
 
 
 def remove_checkpoints(folder: Path) -> None:
-    for path in folder.glob("checkpoint-*"):
+    for path in (*folder.glob("checkpoint-*"), RunFolder.upload(folder)):
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -151,6 +151,8 @@ class StagedTrainer(Trainer):
         # Not the batch sizes: other processes may share the same batch out in other ways.
         names = [*RSSTConfig.__annotations__, "learning_rate", "num_train_epochs", "weight_decay", "seed", "optim"]
         names += ["lr_scheduler_type", "warmup_steps", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon"]
+        names += ["lr_scheduler_kwargs", "optim_args", "label_smoothing_factor", "data_seed"]
+        names += ["train_sampling_strategy", "dataloader_drop_last"]
         settings = {name: getattr(self.args, name) for name in names if name not in _FREE}
         if self.pruning is not None:
             settings["pruning"] = dataclasses.asdict(self.pruning)

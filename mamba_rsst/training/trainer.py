@@ -1,9 +1,11 @@
 """RSSTTrainer: the staged run with the penalty, distillation, recorded steps and averages at Trainer's hooks."""
 
 import contextlib
+import copy
 import functools
 import time
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from accelerate.utils import AutocastKwargs, DistributedType
@@ -16,7 +18,7 @@ from .arguments import RSSTConfig
 from .data import EpochSampler
 from .graphed_step import GraphedStep
 from .leaving import check_rewind_step
-from .rounds import NOT_UPLOADED
+from .rounds import NOT_UPLOADED, RunFolder
 from .sharding import reshard_
 from .staged import StagedTrainer
 
@@ -219,22 +221,43 @@ class RSSTTrainer(StagedTrainer):
 
     def get_eval_dataloader(self, eval_dataset=None):
         """Trainer's, with its own collator, and never without the last batch."""
-        drop_last = self.args.dataloader_drop_last
-        self.args.dataloader_drop_last = False
-        try:
-            with self._collate_with(self.eval_data_collator):
-                return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.args.dataloader_drop_last = drop_last
+        if isinstance(eval_dataset, str):
+            dataset = self.eval_dataset[eval_dataset]
+        else:
+            dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        with self._collating_for(dataset):
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset):
+        """As that of the evaluation set."""
+        with self._collating_for(test_dataset):
+            return super().get_test_dataloader(test_dataset)
 
     @contextlib.contextmanager
-    def _collate_with(self, collator):
-        usual = self.data_collator
-        self.data_collator = collator or usual
+    def _collating_for(self, dataset):
+        usual, drop_last = self.data_collator, self.args.dataloader_drop_last
+        collator = self.eval_data_collator or usual
+        bound = getattr(collator, "dataset", dataset)
+        if bound is not dataset and type(bound) is type(dataset):
+            # Its items may be mere indices (ImageTensors): of another set it would gather its own samples.
+            collator = copy.copy(collator)
+            collator.dataset = dataset
+        self.data_collator, self.args.dataloader_drop_last = collator, False
         try:
             yield
         finally:
-            self.data_collator = usual
+            self.data_collator, self.args.dataloader_drop_last = usual, drop_last
+
+    def _push_from_checkpoint(self, checkpoint_folder) -> None:
+        """Trainer's, from a folder that holds what it copies there and nothing else: not the stage's masks, scores and
+        rewind point."""
+        stage = self.args.output_dir
+        self.args.output_dir = str(RunFolder.upload(stage))
+        Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+        try:
+            super()._push_from_checkpoint(checkpoint_folder)
+        finally:
+            self.args.output_dir = stage
 
 
 class _StageCallback(TrainerCallback):
@@ -269,7 +292,17 @@ class _StageCallback(TrainerCallback):
             stepped=not trainer.accelerator.optimizer_step_was_skipped,
         )
 
+    def on_train_end(self, args, state, control, **kwargs):
+        # It may have ended before the point, by a callback: going back to the start instead would be another method.
+        if self._takes_rewind_point(args) and args.method != "dense" and not self._rewind_point().is_dir():
+            raise ValueError(
+                f"`rewind_step` is {args.rewind_step}, but the first stage ended after {state.global_step} steps."
+            )
+
+    def _rewind_point(self):
+        return self.trainer.run_folder.stage(0, self.trainer.stages[0]) / "rewind"
+
     def on_step_end(self, args, state, control, **kwargs):
         trainer = self.trainer
         if self._takes_rewind_point(args) and state.global_step == args.rewind_step:
-            trainer._save_model_folder(trainer.run_folder.stage(0, trainer.stages[0]) / "rewind")
+            trainer._save_model_folder(self._rewind_point())

@@ -147,7 +147,7 @@ def test_a_run_with_other_stages_is_refused(tmp_path):
     [
         ({"lambda_max": 2.0}, "lambda_max=1.0, not 2.0"),
         ({}, "lambda_max=1.0, not None"),
-        ({"lambda_max": 1.0, "seed": 1}, "seed=None, not 1"),
+        ({"lambda_max": 1.0, "seed": 1}, "seed=42, not 1"),
     ],
 )
 def test_a_run_with_other_settings_is_refused(tmp_path, settings, message):

@@ -1,6 +1,8 @@
 import functools
 import math
 import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ from transformers import TrainerCallback, TrainingArguments
 from mamba_rsst import MambaForImageClassification, PruningConfig, RSSTTrainer, select_channels
 from mamba_rsst.pruning.prune import score_groups
 from mamba_rsst.training.augmentation import AugmentationConfig, BatchAugmentation
-from mamba_rsst.training.data import ImageCollator
+from mamba_rsst.training.data import ImageCollator, ImageTensors
 from mamba_rsst.training.rounds import load_masks
 
 
@@ -458,6 +460,47 @@ def test_evaluating_leaves_the_random_numbers_of_training_alone(tmp_path):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("ask", ["predict", "evaluate"])
+def test_other_images_than_the_evaluation_set_are_looked_at_themselves(tmp_path, ask):
+    """Items are indices, which the collator of another set would answer with its own images; no batch is dropped."""
+    trainer = make_trainer(tmp_path, method="dense", dataloader_drop_last=True, per_device_eval_batch_size=32)
+    others = ImageTensors(digits().train.images[7:52], digits().train.labels[7:52])
+    with torch.no_grad():
+        pixels = ImageCollator(others, mean=digits().mean, std=digits().std, num_classes=10)(range(45))["pixel_values"]
+        logits = trainer.model.eval()(pixels).logits
+    right = (logits.argmax(-1) == others.labels).float().mean().item()
+    if ask == "predict":
+        found = trainer.predict(others)
+        assert found.label_ids.tolist() == others.labels.tolist()
+        torch.testing.assert_close(torch.tensor(found.predictions), logits, rtol=1e-4, atol=1e-5)
+        assert found.metrics["test_accuracy"] == pytest.approx(right)
+    else:
+        assert trainer.evaluate(others)["eval_accuracy"] == pytest.approx(right)
+    assert trainer.eval_data_collator.dataset is digits().eval and trainer.args.dataloader_drop_last
+
+
+def test_what_goes_to_the_hub_while_a_stage_trains_is_the_model(tmp_path, monkeypatch):
+    uploads = []
+
+    class FakeHub:
+        def create_repo(self, name, **_):
+            return SimpleNamespace(repo_id=f"me/{name}")
+
+        def upload_folder(self, folder_path, **_):
+            uploads.append(
+                {p.relative_to(folder_path).as_posix() for p in Path(folder_path).rglob("*") if p.is_file()}
+            )
+            return SimpleNamespace(done=lambda: True)
+
+    monkeypatch.setattr("transformers.trainer.hf_api", FakeHub)
+    arguments = dict(save_strategy="epoch", push_to_hub=True, hub_model_id="small", method="refill")
+    trainer = make_trainer(tmp_path, rewind="step", rewind_step=1, recovery_epochs=1, **arguments)
+    trainer.train()
+    assert uploads == [{"config.json", "model.safetensors", "training_args.bin"}] * 2
+    assert not list(tmp_path.glob("stages/*/upload")) and not list(tmp_path.glob("stages/*/config.json"))
+    assert (tmp_path / "stages" / "1-prune-1" / "rewind").is_dir() and trainer.args.output_dir == str(tmp_path)
+
+
 def test_a_best_model_by_an_unknown_metric_is_the_users_mistake(tmp_path):
     arguments = dict(load_best_model_at_end=True, eval_strategy="epoch", save_strategy="epoch")
     with pytest.raises(ValueError, match="'eval_precision'.*'eval_accuracy'"):
@@ -577,6 +620,19 @@ def test_a_rewind_step_beyond_the_first_stage(tmp_path):
     assert trainer.run_state.done == 1 and not (tmp_path / "run" / "stages" / "0-train" / "rewind").exists()
 
 
+def test_a_first_stage_that_ends_before_the_point_to_rewind_to_is_an_error(tmp_path):
+    """Not a run that goes back to the initial weights instead."""
+
+    class Enough(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 2
+
+    trainer = make_trainer(tmp_path, method="refill", rewind="step", rewind_step=3, callbacks=[Enough()])
+    with pytest.raises(ValueError, match="`rewind_step` is 3, but the first stage ended after 2 steps"):
+        trainer.train()
+    assert trainer.run_state.done == 0
+
+
 @pytest.mark.parametrize(
     "stage, arguments",
     [
@@ -604,6 +660,9 @@ def test_a_folder_that_holds_a_run_is_left_alone(tmp_path):
         make_trainer(tmp_path).train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="was started with learning_rate=0.01, not 0.02"):
         make_trainer(tmp_path, method="dense", learning_rate=0.02).train(resume_from_checkpoint=True)
+    for name, then, now in (("data_seed", None, 7), ("train_sampling_strategy", "random", "sequential")):
+        with pytest.raises(ValueError, match=f"was started with {name}={then!r}, not {now!r}"):
+            make_trainer(tmp_path, method="dense", **{name: now}).train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="`resume_from_checkpoint` is True or False here, got 'checkpoint-3'"):
         make_trainer(tmp_path, method="dense").train(resume_from_checkpoint="checkpoint-3")
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
