@@ -1,8 +1,9 @@
-"""What a cut costs and what training gives back: accuracy right after the cut and at the end, against the parameters.
+"""What a cut costs and what training gives back: accuracy right after the cut and at the end, against the dense one's.
 
     python benchmarks/plot_cut.py FIGURE.png SWEEP/results.json ...
 
-From the results of one or several sweeps; the runs of one name and size are averaged, bars are their range.
+From the results of one or several sweeps; the runs of one name and size are averaged, bars are their range. Each run
+is compared with the dense network that it was cut from, so that runs from several may stand in one line.
 """
 
 import argparse
@@ -16,16 +17,16 @@ LINES = ("o-", "s-", "^-", "D-", "v-", "P-", "X-", "*-", "<-")
 
 
 def read(files):
-    """{name: {parameters: [(after the cut, at the end)]}}, and of the dense ones [(parameters, accuracy)]."""
-    runs, dense = defaultdict(lambda: defaultdict(list)), []
+    """{name: {parameters: [(after the cut, at the end)]}}, accuracies less that of the dense network."""
+    runs = defaultdict(lambda: defaultdict(list))
     for file in files:
         with open(file, encoding="utf-8") as text:
             results = json.load(text)
         for run in results["runs"]:
-            if run["status"] == "finished":
-                runs[run["name"]][run["parameters"]].append((run.get("cut"), run["final"]))
-        dense += [(first["parameters"], first["final"]) for first in results["dense"]]
-    return runs, dense
+            if run["status"] == "finished" and run.get("dense") is not None:
+                ends = [None if run.get(key) is None else run[key] - run["dense"] for key in ("cut", "final")]
+                runs[run["name"]][run["parameters"]].append(ends)
+    return runs
 
 
 def main():
@@ -33,7 +34,7 @@ def main():
     parser.add_argument("figure", help="PNG to write")
     parser.add_argument("results", nargs="+", help="results.json of sweeps")
     args = parser.parse_args()
-    runs, dense = read(args.results)
+    runs = read(args.results)
     figure = Figure(figsize=(11, 5), dpi=130, layout="constrained", facecolor="white")
     panels = figure.subplots(1, 2)
     for i, (panel, title) in enumerate(zip(panels, ("right after the cut", "at the end"))):
@@ -48,8 +49,8 @@ def main():
             xs, low, mean, high = zip(*points)
             bars = [[m - a for m, a in zip(mean, low)], [b - m for m, b in zip(mean, high)]]
             panel.errorbar(xs, mean, yerr=bars, fmt=line, capsize=2, linewidth=1, markersize=5, label=name)
-        panel.plot(*zip(*((size / 1e6, 100 * y) for size, y in dense)), "k*", markersize=11, label="dense")
-    panels[0].set_ylabel("accuracy, %")
+        panel.axhline(0, color="black", linewidth=1)
+    panels[0].set_ylabel("accuracy against the dense network, points")
     panels[1].legend(fontsize=8, loc="lower right")
     figure.savefig(args.figure)
     print(f"Written to {args.figure}.")

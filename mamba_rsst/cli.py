@@ -208,7 +208,8 @@ def _sweep(args) -> None:
 
     results = run_sweep(sweep, args.resume, runs)
     print_table(results)
-    print(f"\nSaved to {sweep.output_dir}: results.md, results.json and figures/sweep.png.")
+    drawn = " and figures/sweep.png" if any(run["status"] == "finished" for run in results["runs"]) else ""
+    print(f"\nSaved to {sweep.output_dir}: results.md, results.json{drawn}.")
     asked = {run.folder.name for run in runs}
     failed = [run["folder"] for run in results["runs"] if run["status"] == "failed" and run["folder"] in asked]
     if failed:

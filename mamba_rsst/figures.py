@@ -13,6 +13,8 @@ from .report import write_atomic
 
 # Okabe and Ito's palette (two of them darker, for text), which colour-blind readers can tell apart
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#00785A", "#AA4499", "#555555"
+CURVES = ("loss", "eval_accuracy", "eval_perplexity", "lambda", "leaving_share")
+"""What of a history is drawn."""
 TINTS = {"train": "#E4ECF4", "rsst": "#FBEEDB", "recover": "#E3F2EA"}
 
 
@@ -52,6 +54,11 @@ def draw_widths(widths: dict):
     return figure
 
 
+def has_curves(history: list[dict]) -> bool:
+    """Whether `draw_training` finds anything in it."""
+    return any("epoch" in entry and key in entry for entry in history for key in CURVES)
+
+
 def plot_training(history: list[dict], path) -> Path:
     return _save(draw_training(history), path)
 
@@ -64,8 +71,7 @@ def draw_training(history: list[dict]):
     What the history lacks is left out, and with it the lower panel (a baseline has no lambda).
     """
     history = [entry for entry in history if "epoch" in entry]
-    keys = ("loss", "eval_accuracy", "eval_perplexity", "lambda", "leaving_share")
-    series = {key: _series(history, key) for key in keys}
+    series = {key: _series(history, key) for key in CURVES}
     quality = ("eval_accuracy", "eval accuracy (%)", ORANGE, "o--")
     if not series["eval_accuracy"][0]:
         quality = ("eval_perplexity", "eval perplexity", ORANGE, "o--")

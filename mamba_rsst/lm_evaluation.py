@@ -197,6 +197,8 @@ def _check(*, batch_size, max_length, limit, num_fewshot):
             raise ValueError(f"`{name}` must be an integer >= {least}, got {value!r}.")
     if limit is not None and not limit > 0:
         raise ValueError(f"`limit` must be above 0, got {limit!r}.")
+    if limit is not None and limit > 1 and limit != int(limit):
+        raise ValueError(f"`limit` is a number of documents, or below 1 a fraction of them; got {limit!r}.")
     if num_fewshot is not None and num_fewshot < 0:
         raise ValueError(f"`num_fewshot` must not be negative, got {num_fewshot!r}.")
 

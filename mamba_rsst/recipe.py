@@ -267,8 +267,15 @@ def _spell(kind) -> str:
         return " or ".join(_spell(a) for a in args)
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
         return f"one of {[choice.value for choice in kind]}"
-    names = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
-    return names.get(kind) or str(kind).replace("typing.", "")
+    names = {
+        int: "an integer",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        type(None): "null",
+        dict: "keys and values",
+    }
+    return names.get(typing.get_origin(kind) or kind) or str(kind).replace("typing.", "")
 
 
 def parse_override(text: str) -> tuple[str, object]:

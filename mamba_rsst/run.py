@@ -56,12 +56,19 @@ def run_recipe(recipe: Recipe, resume: bool = False, data=None, first_stage=None
     return results
 
 
-def check_recipe(recipe: Recipe, data) -> None:
-    """Raises ValueError where `run_recipe` on these data could not come to its end: a budget out of reach, a stage too
-    short. For who trains something else first."""
-    args = recipe.training_arguments()
+def impossible(recipes: list[Recipe], data) -> list[str | None]:
+    """Of each of the recipes, all of which start from the same model: why `run_recipe` on these data could not come to
+    its end, a budget out of reach or a stage too short; else None. For who would train something for them first."""
+    args = recipes[0].training_arguments()
     set_seed(args.seed)
-    check_run(_start_model(TASKS[recipe.task], recipe, data, args.seed), args, recipe.pruning, data.train)
+    model, reasons = _start_model(TASKS[recipes[0].task], recipes[0], data, args.seed), []
+    for recipe in recipes:
+        try:
+            check_run(model, recipe.training_arguments(), recipe.pruning, data.train)
+            reasons.append(None)
+        except ValueError as error:
+            reasons.append(" ".join(str(error).split()))
+    return reasons
 
 
 def _check_folder(folder: Path, recipe: Recipe, resume: bool) -> None:
@@ -118,6 +125,11 @@ def _start_model(task, recipe: Recipe, data, seed: int):
 def _trainer(recipe: Recipe, args, model, data) -> RSSTTrainer:
     if args.dataloader_num_workers:
         raise ValueError("`training.dataloader_num_workers` must be 0: the data live in memory, on the device.")
+    if args.train_sampling_strategy not in ("random", "sequential"):
+        raise ValueError(
+            "`training.train_sampling_strategy` must be 'random' or 'sequential', since all samples of a recipe have "
+            f"one length; got {args.train_sampling_strategy!r}."
+        )
     args.dataloader_pin_memory = False
     arguments = TASKS[recipe.task].prepare(recipe, args, model, data)
     pruning = None if args.method == "scratch" else recipe.pruning  # its model is small from the beginning
@@ -195,7 +207,7 @@ def _finish(trainer: RSSTTrainer, recipe: Recipe, folder: Path, data) -> dict:
         results["channel_sparsity"] = {t: 1 - sum(w["kept"]) / sum(w["dense"]) for t, w in results["widths"].items()}
         results["param_reduction"] = 1 - table[-1]["parameters"] / table[0]["parameters"]
         figures.plot_widths(results["widths"], folder / "figures" / "widths.png")
-    results["trained"] = any(key in entry for entry in state.history for key in ("loss", "eval_loss"))
+    results["trained"] = figures.has_curves(state.history)
     if results["trained"]:
         figures.plot_training(state.history, folder / "figures" / "training.png")
     lines = "".join(json.dumps(entry) + "\n" for entry in state.history)

@@ -310,7 +310,7 @@ def choose_runs(sweep: Sweep, patterns: list[str] = ()) -> list[Run]:
     """
     chosen = {}
     for pattern in patterns:
-        found = [run for run in sweep.runs if any(fnmatch.fnmatchcase(n, pattern) for n in (run.name, run.title))]
+        found = [run for run in sweep.runs if _matches(run, pattern)]
         if not found:
             names = list(dict.fromkeys(run.name for run in sweep.runs))
             raise RecipeError(
@@ -319,6 +319,10 @@ def choose_runs(sweep: Sweep, patterns: list[str] = ()) -> list[Run]:
             )
         chosen |= {run.folder: run for run in found}
     return list(chosen.values()) if patterns else sweep.runs
+
+
+def _matches(run: Run, pattern: str) -> bool:
+    return any(text == pattern or fnmatch.fnmatchcase(text, pattern) for text in (run.name, run.title))
 
 
 def print_plan(sweep: Sweep, runs: list[Run] | None = None) -> None:

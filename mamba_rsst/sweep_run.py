@@ -13,7 +13,7 @@ import torch
 from . import report, sweep_report
 from .recipe import Recipe, RecipeError
 from .report import RECIPE_FILE, RESULTS_FILE, SWEEP_FILE
-from .run import check_recipe, run_recipe
+from .run import impossible, run_recipe
 from .saved_run import read_results
 from .sweep import Run, Sweep, beginning_of, folder_of, network_of, seed_of
 from .tasks import TASKS
@@ -36,9 +36,10 @@ def run_sweep(sweep: Sweep, resume: bool = False, runs: list[Run] | None = None)
         raise ValueError(
             "Each run of a sweep takes one process; for several GPUs start the sweep again with --resume for each."
         )
-    _check_settings(sweep)
+    todo = sweep.runs if runs is None else runs
+    _check_settings(todo)
     _check_folder(sweep, resume)
-    worker, todo = _Worker(sweep), sweep.runs if runs is None else runs
+    worker = _Worker(sweep, todo)
     if not resume:
         worker.load(todo[0].recipe)  # and keeps it
     _claim(sweep, resume)
@@ -51,9 +52,9 @@ def run_sweep(sweep: Sweep, resume: bool = False, runs: list[Run] | None = None)
     return gather(sweep)
 
 
-def _check_settings(sweep: Sweep) -> None:
+def _check_settings(runs: list[Run]) -> None:
     """What this machine cannot follow is an error before the first run."""
-    for run in sweep.runs:
+    for run in runs:
         with warnings.catch_warnings(action="ignore"):  # the run itself will warn
             try:
                 run.recipe.training_arguments()
@@ -138,12 +139,13 @@ def _free_memory() -> None:
 class _Worker:
     """One process's work on a sweep. Keeps the data that were loaded last, and the first stages that failed here."""
 
-    def __init__(self, sweep: Sweep):
-        self.sweep = sweep
+    def __init__(self, sweep: Sweep, runs: list[Run]):
+        self.sweep, self.runs = sweep, runs
         self._data = (None, None)
         self._waits = False
         self._failed: dict[Path, str] = {}
-        self._checked: set[Path] = set()
+        self._examined: set[Path] = set()
+        self._impossible: dict[Path, str] = {}
 
     def attempt(self, run: Run) -> str:
         """ "done", now or before, well or badly; "waits" for another process, which makes it or its first stage."""
@@ -153,8 +155,7 @@ class _Worker:
             if _finished(run.folder):
                 return "done"
             try:
-                self._check(run)
-                if not self._make_first_stage(run.first_stage):
+                if not self._make_first_stage(run):
                     return "waits"
                 self._say(f"Run {self.sweep.runs.index(run) + 1} of {len(self.sweep.runs)}: {run.title}")
                 self._make(run.recipe, run.first_stage and folder_of(run.first_stage))
@@ -169,18 +170,10 @@ class _Worker:
         gather(self.sweep)
         return "done"
 
-    def _check(self, run: Run) -> None:
-        """A run that cannot be made fails before the training that it would have shared."""
-        if (
-            run.first_stage is not None
-            and not _finished(folder_of(run.first_stage))
-            and run.folder not in self._checked
-        ):
-            check_recipe(run.recipe, self.load(run.recipe))
-            self._checked.add(run.folder)
-
-    def _make_first_stage(self, recipe: Recipe | None) -> bool:
-        """Whether it is there; False while another process trains it. Raises ValueError where it has failed."""
+    def _make_first_stage(self, run: Run) -> bool:
+        """Whether it is there; False while another process trains it. Raises ValueError where it has failed, and for a
+        run that could not be made afterwards."""
+        recipe = run.first_stage
         if recipe is None or _finished(folder := folder_of(recipe)):
             return True
         if folder in self._failed:
@@ -189,6 +182,9 @@ class _Worker:
             if not mine:
                 return False
             if not _finished(folder):
+                self._find_impossible(recipe)
+                if run.folder in self._impossible:
+                    raise ValueError(self._impossible[run.folder])
                 self._say(f"First stage of several runs, seed {seed_of(recipe)}")
                 try:
                     self._make(recipe)
@@ -198,6 +194,19 @@ class _Worker:
                     self._failed[folder] = f"its first stage: {error}"
                     raise ValueError(self._failed[folder]) from error
         return True
+
+    def _find_impossible(self, first_stage: Recipe) -> None:
+        """The runs that cannot be made are noted before what they share with others is trained, not hours later."""
+        folder = folder_of(first_stage)
+        if folder in self._examined:
+            return
+        self._examined.add(folder)
+        runs = [r for r in self.runs if r.first_stage is not None and folder_of(r.first_stage) == folder]
+        for run, reason in zip(runs, impossible([r.recipe for r in runs], self.load(first_stage))):
+            if reason is not None:
+                self._impossible[run.folder] = reason
+                report.write_atomic(_failure_file(run.folder), reason)
+                self._say(f"Cannot be made: {run.title}: {reason}")
 
     def _make(self, recipe: Recipe, first_stage: Path | None = None) -> None:
         resume = (folder_of(recipe) / RECIPE_FILE).is_file()
@@ -249,5 +258,10 @@ def _about(recipe: Recipe) -> dict:
     about = {"folder": folder.name, "seed": seed_of(recipe), "network": network_of(recipe)}
     about |= {"beginning": beginning_of(recipe), "method": recipe.training.get("method", "rsst")}
     if _finished(folder):
-        about["results"] = read_results(folder / RESULTS_FILE)
+        about["results"] = results = read_results(file := folder / RESULTS_FILE)
+        needed = ("parameters", "macs", TASKS[recipe.task].speed)
+        if missing := [key for row in results["rows"] for key in needed if row.get(key) is None]:
+            raise ValueError(
+                f"{str(file)!r} is damaged: `{missing[0]}` is missing. Delete it to finish the run again."
+            )
     return about

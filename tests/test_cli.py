@@ -129,6 +129,8 @@ def test_unknown_words(refused, argv, names):
         ("training.max_steps=5", ["`max_steps`"]),
         ("training.per_device_train_batch_size=0", ["`per_device_train_batch_size`"]),
         ("training.dataloader_num_workers=2", ["dataloader_num_workers"]),
+        ("training.train_sampling_strategy=group_by_length", ["train_sampling_strategy", "'sequential'"]),
+        ("augmentation.crop_padding=9", ["`augmentation.crop_padding`", "8", "9"]),
         ("training.report_to=wandb", ["wandb"]),
         ("training.seed", ["section.key=value", "'training.seed'"]),
     ],
@@ -257,6 +259,7 @@ def prune(model, out, *more, target="d_inner", sparsity=0.5):
         (("bench", "./absent"), ["'./absent'"]),
         (("bench", "MODEL", "--against", "./absent"), ["'./absent'"]),
         (("bench", "MODEL", "--against", "MODEL"), ["nothing to compare", "MODEL"]),
+        (("bench", "MODEL", "--against", "SAME"), ["nothing to compare", "MODEL"]),
         (("bench", "MODEL", "--against", "WORDS"), ["different kinds", "images of 3x8x8", "vocabulary of 53"]),
         (("bench", "MODEL", "--batch-size", 4, 0), ["batch size", "0"]),
         (("bench", "WORDS", "--seq-len", 0), ["sequence length", "0"]),
@@ -276,6 +279,7 @@ def test_prune_inspect_eval_and_bench_refuse(refused, finished_run, tmp_path, ar
     for name in ("config.json", "model.safetensors"):
         shutil.copy(finished_run[0] / name, bare)
     places = {"MODEL": str(finished_run[0]), "BARE": str(bare), "WORDS": str(tmp_path / "words")}
+    places["SAME"] = f"{finished_run[0]}/../{finished_run[0].name}/"
     if "WORDS" in argv:
         make("mamba").save_pretrained(places["WORDS"])
     before = files_below(finished_run[0])

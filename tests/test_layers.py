@@ -36,7 +36,7 @@ FLOORS = {
 TOP = ("recipe", "run", "sweep", "sweep_run", "commands", "cli", "__init__", "__main__")
 # What else the ground floor may need. Some of it is optional there: its import stands in a `try`.
 OPTIONAL = {"triton", "selective_scan_cuda"}
-OUTSIDE = {"models": {"torch", "transformers", *OPTIONAL}, "pruning": {"torch"}, "supernet": {"torch"}}
+OUTSIDE = {"models": {"torch", "transformers", *OPTIONAL}, "pruning": {"torch", "tqdm"}, "supernet": {"torch"}}
 FILES = sorted(ROOT.rglob("*.py"))
 
 

@@ -506,6 +506,7 @@ def test_eval_puts_dense_and_pruned_side_by_side(harness, call, data, saved, den
         (["BARE", "--tasks", "lambada_local"], ["no tokenizer", "BARE"]),
         (["IMAGES", "--tasks", "lambada_local"], ["IMAGES", "no causal language model"]),
         (["./absent", "--tasks", "lambada_local"], ["'./absent'"]),
+        (["MODEL", "--tasks", "lambada_local", "--limit", "2.5"], ["`limit`", "2.5"]),
         (["MODEL", "--num-fewshot", "1"], ["--num-fewshot", "--tasks"]),
         (["MODEL"], ["MODEL", "--tasks"]),
     ],

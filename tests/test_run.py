@@ -59,6 +59,8 @@ def test_the_rows_are_the_models_of_the_stages(finished_run):
     assert [row["name"] for row in results["rows"]] == list(stages)
     for row in results["rows"]:
         model = load_stage(folder, stages[row["name"]])
+        (own,) = folder.glob(f"stages/*-{stages[row['name']]}/model")
+        assert AutoImageProcessor.from_pretrained(own).to_dict() == processor.to_dict()  # each is a whole model
         assert row["accuracy"] == pytest.approx(evaluate(model, processor)[0])
         assert row["parameters"] == count(model)
         assert row["macs"] == count_macs_per_item(model, {"pixel_values": torch.zeros(1, 3, 8, 8)})
@@ -170,10 +172,12 @@ def test_the_accuracy_without_recovery_is_that_of_the_saved_model(tmp_path, rewi
     assert_same_state(model.state_dict(), load_stage(folder, "prune-1").state_dict())
 
 
-def test_a_run_that_logged_nothing_still_ends(tmp_path):
-    """Its 9 steps are fewer than Trainer's default of 500 between two log entries."""
-    results, folder = short_run(tmp_path, logging_steps=500)
-    assert results["trained"] is False and (folder / "training_log.jsonl").read_text() == ""
+@pytest.mark.parametrize("more", [{}, {"prediction_loss_only": True, "eval_strategy": "epoch"}])
+def test_a_run_that_logged_nothing_still_ends(tmp_path, more):
+    """Its 9 steps are fewer than Trainer's default of 500 between two log entries; an `eval_loss` alone is not drawn."""
+    results, folder = short_run(tmp_path, logging_steps=500, **more)
+    log = (folder / "training_log.jsonl").read_text()
+    assert results["trained"] is False and ("eval_loss" in log if more else log == "")
     assert not (folder / "figures" / "training.png").exists()
     assert "training.png" not in (folder / "README.md").read_text()
     assert (folder / "figures" / "widths.png").exists()

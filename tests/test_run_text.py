@@ -66,7 +66,9 @@ def test_the_rows_are_the_models_of_the_stages(finished, folder):
     stages = {"dense": "0-train", "cut": "1-rsst-1", "recovered": "2-recover-1"}
     assert [row["name"] for row in results["rows"]] == list(stages)
     for row in results["rows"]:
-        model = AutoModelForCausalLM.from_pretrained(finished / "stages" / stages[row["name"]] / "model")
+        own = finished / "stages" / stages[row["name"]] / "model"
+        model = AutoModelForCausalLM.from_pretrained(own)
+        assert AutoTokenizer.from_pretrained(own).get_vocab() == AutoTokenizer.from_pretrained(finished).get_vocab()
         assert row["perplexity"] == pytest.approx(perplexity(model, blocks), rel=1e-4)
         assert row["parameters"] == model.num_parameters()
         ids = {"input_ids": blocks[:1].long(), "use_cache": False}

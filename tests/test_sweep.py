@@ -3,6 +3,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -375,6 +376,8 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys):
         (["A"], ["A, seed 0", "A, seed 1"]),
         (["B*", "A, seed 1", "*"], ["B [x], seed 0", "B [x], seed 1", "A, seed 1", "A, seed 0"]),
         (["*seed 1"], ["A, seed 1", "B [x], seed 1"]),
+        (["B [x]", "A, seed 1"], ["B [x], seed 0", "B [x], seed 1", "A, seed 1"]),
+        (["B [x], seed 1"], ["B [x], seed 1"]),
         (["B [[]x], seed ?"], ["B [x], seed 0", "B [x], seed 1"]),
     ],
 )
@@ -446,11 +449,28 @@ def test_a_run_that_cannot_be_made_fails_before_the_training_it_would_have_share
 ):
     path = write_sweep(tmp_path, runs={"a": changes, "b": {**changes, "training.residual": 0.02}})
     assert main(["sweep", str(path)]) == 2
-    assert "First stage of several runs" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "First stage of several runs" not in out and "sweep.png" not in out
     assert not any((tmp_path / "out" / "first-stages").glob("*/*"))
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [run["status"] for run in results["runs"]] == ["failed"] * 2
     assert all(reason in run["reason"] for run in results["runs"]), results["runs"]
+
+
+def test_every_run_that_cannot_be_made_is_noted_before_the_training_they_share(tmp_path, hasty, capsys):
+    runs = {"good": {"training.method": "prune"}, "bad": {"pruning.floor": 0.9}, "short": {"training.lambda_max": 1e9}}
+    assert main(["sweep", str(write_sweep(tmp_path, runs=runs))]) == 2
+    out = " ".join(capsys.readouterr().out.split())
+    marks = ["Cannot be made: bad", "Cannot be made: short", "First stage of several runs", "Run 1 of 3: good"]
+    assert [mark for mark in sorted(marks, key=out.find) if mark in out] == marks
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [run["status"] for run in results["runs"]] == ["finished", "failed", "failed"]
+
+
+def test_this_machine_need_not_follow_the_runs_that_were_not_chosen(tmp_path, hasty):
+    runs = {"A": {"training.method": "dense"}, "gpu": {"training.method": "dense", "training.cuda_graphs": True}}
+    path = write_sweep(tmp_path, runs={**runs, "tf32": {"training.tf32": True}})
+    assert main(["sweep", str(path), "--only", "A"]) == 0
 
 
 def test_data_that_are_not_there_are_an_error_before_anything_is_written(tmp_path, capsys):
@@ -478,13 +498,23 @@ def test_a_step_that_never_comes_fails_the_run_that_rewinds_to_it_alone(tmp_path
     assert "`rewind_step` is 99999, but the first stage has" in results["runs"][0]["reason"]
 
 
-@pytest.mark.parametrize("text", ["{", "[]"])
+@pytest.mark.parametrize("text", ["{", "[]", '{"rows": [{"name": "dense", "parameters": 3}]}'])
 def test_a_damaged_run_of_a_sweep_is_named(tmp_path, hasty, capsys, text):
     path = write_sweep(tmp_path, runs={"small": {"training.method": "scratch"}})
     assert main(["sweep", str(path)]) == 0
     (tmp_path / "out" / "small" / "results.json").write_text(text)
     assert main(["sweep", str(path), "--resume"]) == 2
     assert "small/results.json' is damaged" in capsys.readouterr().err
+
+
+def test_a_first_stage_that_lost_its_model_is_named(tmp_path, hasty, capsys):
+    path = write_sweep(tmp_path, runs={name: {"training.method": "prune"} for name in "AB"})
+    assert main(["sweep", str(path), "--only", "A"]) == 0
+    (first,) = (tmp_path / "out" / "first-stages").iterdir()
+    shutil.rmtree(first / "stages" / "0-train" / "model")
+    assert main(["sweep", str(path), "--resume"]) == 2
+    failed = json.loads((tmp_path / "out" / "results.json").read_text())["runs"][1]
+    assert f"{str(first)!r} lacks the model of its first stage" in failed["reason"]
 
 
 def test_what_the_system_reports_stops_the_sweep(tmp_path, monkeypatch, capsys):

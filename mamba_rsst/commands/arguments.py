@@ -57,9 +57,9 @@ def short_names(paths: list[str]) -> dict[str, str]:
     """{a name for the table: path}; the whole path where short ones are alike."""
     from pathlib import Path
 
-    if len(set(paths)) < len(paths):
-        raise ValueError(f"There is nothing to compare: both models are {paths[0]!r}.")
     folders = {path: Path(path).expanduser().resolve() for path in paths}
+    if len(set(folders.values())) < len(paths):
+        raise ValueError(f"There is nothing to compare: both models are {paths[0]!r}.")
     # A run keeps the models of its stages in folders like stages/0-train/model.
     short = {f.parent.name if f.name == "model" else f.name: path for path, f in folders.items()}
     return short if len(short) == len(paths) else {path: path for path in paths}

@@ -123,7 +123,10 @@ def _normalisation(model_path: str, data):
 
     file = Path(model_path) / "preprocessor_config.json"
     if file.is_file():
-        saved = json.loads(file.read_text())
+        try:
+            saved = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{str(file)!r} is damaged: {error}") from error
         if "image_mean" in saved and "image_std" in saved:
             return saved["image_mean"], saved["image_std"]
     return data.mean, data.std

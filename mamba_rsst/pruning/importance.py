@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from .groups import CONSUMER, PRODUCER, Group, View, channel_norms
 
@@ -310,17 +311,20 @@ def leave_one_out(groups, calibration) -> Scores:
     """
     batches = list(calibration)
     model, scores = calibration.model, {}
+    rounds = {g.name: max(1, min(calibration.removals.get(g.name, g.size - 1), g.size - 1)) for g in groups}
+    passes = sum(g.size - gone for g in groups for gone in range(rounds[g.name])) * len(batches)
+    bar = tqdm(total=passes, desc="leave_one_out", unit="batch", leave=False, disable=passes < 200)
 
     def loss_without(group, channels):
         with silenced(group, channels):
+            bar.update(len(batches))
             return sum(float(_loss_of(model(**batch), "leave_one_out")) for batch in batches) / len(batches)
 
-    with evaluation_mode(model), torch.no_grad():
+    with bar, evaluation_mode(model), torch.no_grad():
         for group in groups:
             scores[group.name] = torch.zeros(group.size)
             gone: list[int] = []
-            rounds = max(1, min(calibration.removals.get(group.name, group.size - 1), group.size - 1))
-            while len(gone) < rounds:
+            while len(gone) < rounds[group.name]:
                 losses = {c: loss_without(group, [*gone, c]) for c in range(group.size) if c not in gone}
                 gone.append(min(losses, key=losses.get))
                 # Removed ones keep their place in the queue; those left are ranked behind it by the last losses.

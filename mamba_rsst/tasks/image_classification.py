@@ -50,6 +50,9 @@ class ImageClassification(Task):
             raise ValueError(
                 "`training.label_smoothing_factor` does not go with images; set augmentation.label_smoothing."
             )
+        size, padding = model.config.image_size, recipe.augmentation.crop_padding if recipe.augmentation else 0
+        if padding > size:
+            raise ValueError(f"`augmentation.crop_padding` must be at most the image's size, {size}; got {padding}.")
         train = data.train.to(args.device)
         common = {"mean": data.mean, "std": data.std, "num_classes": len(data.id2label)}
         augmentation = BatchAugmentation(recipe.augmentation) if recipe.augmentation else None

@@ -5,6 +5,7 @@ import warnings
 from dataclasses import dataclass, field, fields
 
 from transformers import SchedulerType, TrainingArguments
+from transformers.training_args import trainer_log_levels
 
 from ..pruning.penalty import PENALTIES, PENALTY_SCOPES
 from ..pruning.schedules import SCHEDULES
@@ -15,6 +16,7 @@ UNPRUNED = ("dense", "scratch")
 """Methods whose run is its first stage alone."""
 REWINDS = ("none", "initial", "step")
 RAMPS = ("geometric", "linear", "cubic")
+SAMPLING = ("random", "sequential", "group_by_length", "batch_rebalance")
 LARGEST_WEIGHT, TEMPERATURES = 1e6, (0.01, 1000.0)
 """Of distillation: what lies beyond leaves nothing of the task, or overflows."""
 
@@ -186,6 +188,9 @@ class RSSTConfig(TrainingArguments):
             ("schedule", tuple(SCHEDULES)),
             ("ramp", RAMPS),
             ("rewind", (None, *REWINDS)),
+            ("train_sampling_strategy", SAMPLING),
+            ("log_level", tuple(trainer_log_levels)),
+            ("log_level_replica", tuple(trainer_log_levels)),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {list(choices)}, got {getattr(self, name)!r}.")
@@ -197,11 +202,19 @@ class RSSTConfig(TrainingArguments):
             "per_device_train_batch_size",
             "per_device_eval_batch_size",
             "gradient_accumulation_steps",
+            "eval_accumulation_steps",
         ):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        for name in ("logging_steps", "eval_steps", "save_steps"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}` must be > 0 and finite, got {getattr(self, name)}.")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
         numbers = ("learning_rate", "rsst_learning_rate", "recovery_learning_rate", "lambda_max")
         numbers += ("rsst_epochs", "recovery_epochs", "spread_epochs")
+        numbers += ("weight_decay", "max_grad_norm", "warmup_steps", "adam_epsilon")
         for name in numbers:
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
@@ -262,6 +275,10 @@ class RSSTConfig(TrainingArguments):
             raise ValueError(f"`seed` must be in [0, 2**32), got {self.seed}.")
         if self.max_steps > 0:
             raise ValueError("`max_steps` does not say which stage it bounds; set the epochs of the stages instead.")
+        if self.parallelism_config is not None and not hasattr(self.parallelism_config, "get_device_mesh"):
+            raise ValueError(
+                f"`parallelism_config` must be accelerate's ParallelismConfig, got {self.parallelism_config!r}."
+            )
         if self.torch_compile:
             raise ValueError(
                 "`torch_compile` takes the whole model, whose widths change here: use `compile_blocks` instead."

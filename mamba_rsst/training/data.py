@@ -1,5 +1,6 @@
 """Image data as uint8 tensors in memory: loading, a resumable shuffle and a deterministic collator."""
 
+import copy
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from io import BytesIO
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, Subset
 
 from .augmentation import uniforms
 from .image_ops import send_all
@@ -176,6 +177,8 @@ def _decode(images, count, size, channels, resize, where):
     from tqdm.auto import tqdm
 
     def pixels(image, number):
+        if image is None:
+            raise ValueError(f"Image {number} of {where} is missing: its cell is empty.")
         try:
             if isinstance(image, dict):
                 image = Image.open(BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"])
@@ -242,6 +245,24 @@ class EpochSampler(Sampler):
         return iter(np.random.default_rng((self.seed, self.epoch)).permutation(len(self)).tolist())
 
 
+def rebound(collator, dataset, kind: type):
+    """The collator, or a copy of it, that gathers from `dataset`: a `kind`, or a Subset of one, whose items are the
+    indices of the whole. Raises ValueError for any other, whose items it would take for those of its own."""
+    whole = dataset
+    while isinstance(whole, Subset):
+        whole = whole.dataset
+    if whole is collator.dataset:
+        return collator
+    if not isinstance(whole, kind):
+        raise ValueError(
+            f"{type(collator).__name__} gathers from a {kind.__name__} or a Subset of one, not from a "
+            f"{type(whole).__name__}: give another collator with it."
+        )
+    collator = copy.copy(collator)
+    collator.dataset = whole
+    return collator
+
+
 class ImageCollator:
     """Turns indices into `pixel_values`, normalised float32 (B, C, H, W), and `labels` on the data set's device.
 
@@ -252,6 +273,10 @@ class ImageCollator:
     def __init__(self, dataset, *, mean, std, num_classes, augmentation=None, seed=0):
         self.dataset, self.num_classes, self.augmentation, self.seed = dataset, num_classes, augmentation, seed
         self.mean, self.std = (torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (mean, std))
+
+    def for_dataset(self, dataset):
+        """The same for another ImageTensors, or a Subset of one. Raises ValueError for any other set."""
+        return rebound(self, dataset, ImageTensors)
 
     def __call__(self, indices):
         images, labels, device = self.dataset.images, self.dataset.labels, self.dataset.images.device

@@ -62,7 +62,7 @@ def read_first_stage(path: str | Path, settings: dict, model) -> RunState:
         raise ValueError(f"`first_stage`: {str(path)!r} was trained with {found}.")
     _check_shapes(model, path)
     point, kept = ([s.get(name) for name in ("rewind", "rewind_step")] for s in (settings, state.settings))
-    if point[0] == "step" and point != kept:
+    if point[0] == "step" and (point != kept or not (_stage_folder(path) / "rewind").is_dir()):
         raise ValueError(
             f"`first_stage`: {str(path)!r} did not keep step {point[1]} to rewind to; train it with rewind=step."
         )
@@ -81,8 +81,12 @@ def copy_first_stage(path: str | Path, target: Path, point: bool) -> None:
 
 
 def _stage_folder(path: str | Path) -> Path:
-    (folder,) = Path(path).glob("stages/0-*")
-    return folder
+    folders = [folder for folder in Path(path).glob("stages/0-*") if (folder / "model").is_dir()]
+    if len(folders) != 1:
+        raise ValueError(
+            f"`first_stage`: {str(path)!r} lacks the model of its first stage; delete it to train it again."
+        )
+    return folders[0]
 
 
 def _check_shapes(model, path: str | Path) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 
 import torch
+from transformers import Trainer
 
 from ..pruning import PruningConfig, find_groups, select_channels
 from ..pruning.config import BUDGETS
@@ -30,9 +31,21 @@ def check_run(model, args: RSSTConfig, pruning: PruningConfig | None, samples=No
     if args.cuda_graphs and (args.device.type != "cuda" or args.world_size * args.n_gpu > 1):
         here = f"{args.world_size * max(1, args.n_gpu)} x {args.device.type}"
         raise ValueError(f"`cuda_graphs` needs one process on one CUDA GPU; this run has {here}.")
+    _check_optimizer(args, model)
     stages, leaving = plan_stages(args), Leaving(args)
     if hasattr(samples, "__len__"):
         leaving.check(stages, len(samples))
+
+
+def _check_optimizer(args: RSSTConfig, model) -> None:
+    """Trainer makes it when the first stage begins, which is after the run's folder was taken."""
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        if not options.keys() & {"params", "model", "optimizer_dict"}:  # those are bound to the model's own weights
+            kind([torch.zeros(1, requires_grad=True, device=args.device)], **options)
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"`optim` {getattr(args.optim, 'value', args.optim)!r} cannot be made: {reason}") from error
 
 
 def removed_by(round_rate: float, num_rounds: int) -> float:

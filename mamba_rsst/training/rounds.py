@@ -65,6 +65,13 @@ def plan_stages(args: RSSTConfig) -> list[Stage]:
     return stages
 
 
+UNWRITTEN = frozenset(
+    ["lr_scheduler_kwargs", "optim_args", "label_smoothing_factor", "data_seed", "train_sampling_strategy"]
+    + ["dataloader_drop_last"]
+)
+"""Settings that decide the outcome, but are missing from the states of runs made before version 0.1.0 was finished."""
+
+
 @dataclass
 class RunState:
     """What a run has done so far, as JSON in its folder; all else follows from it and the stages' folders."""
@@ -87,9 +94,10 @@ class RunState:
 
     def difference(self, settings: dict, but: Iterable[str] = ()) -> str | None:
         """The first of `settings` that the run was not made with, as "name=before, not now". A setting that came after
-        the run has its default, which changes nothing."""
-        for name in sorted((settings.keys() | self.settings.keys()).difference(but)):
-            before, now = self.settings.get(name, getattr(RSSTConfig, name, None)), settings.get(name)
+        the run has its default, which changes nothing; one that was there and not written down is not compared."""
+        unknown = UNWRITTEN - self.settings.keys()
+        for name in sorted((settings.keys() | self.settings.keys()).difference(but, unknown)):
+            before, now = self.settings.get(name, vars(RSSTConfig).get(name)), settings.get(name)
             if before != now:
                 return f"{name}={before!r}, not {now!r}"
         return None
@@ -174,11 +182,13 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     os.replace(beside, path)
 
 
-def replace_folder(model, path) -> None:
-    """Save a model beside `path`, then put it in place: the folder is whole or absent."""
+def replace_folder(model, path, processor=None) -> None:
+    """Save a model, and its tokenizer or image processor, beside `path`, then put it in place: whole or absent."""
     beside = path.with_name(path.name + ".tmp")
     shutil.rmtree(beside, ignore_errors=True)
     model.save_pretrained(beside)
+    if processor is not None:
+        processor.save_pretrained(beside)
     shutil.rmtree(path, ignore_errors=True)
     beside.rename(path)
 

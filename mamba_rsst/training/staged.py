@@ -33,6 +33,7 @@ from .first_stage import copy_first_stage, read_first_stage
 from .leaving import Leaving
 from .prunable import check_run
 from .rounds import (
+    UNWRITTEN,
     WHOLE,
     RunFolder,
     RunState,
@@ -151,8 +152,7 @@ class StagedTrainer(Trainer):
         # Not the batch sizes: other processes may share the same batch out in other ways.
         names = [*RSSTConfig.__annotations__, "learning_rate", "num_train_epochs", "weight_decay", "seed", "optim"]
         names += ["lr_scheduler_type", "warmup_steps", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon"]
-        names += ["lr_scheduler_kwargs", "optim_args", "label_smoothing_factor", "data_seed"]
-        names += ["train_sampling_strategy", "dataloader_drop_last"]
+        names += UNWRITTEN
         settings = {name: getattr(self.args, name) for name in names if name not in _FREE}
         if self.pruning is not None:
             settings["pruning"] = dataclasses.asdict(self.pruning)
@@ -341,6 +341,8 @@ class StagedTrainer(Trainer):
             self._fresh_optimizer()
 
     def _set_model(self, folder) -> None:
+        if not folder.is_dir():
+            raise ValueError(f"{str(self.run_folder.path)!r} cannot be resumed: {str(folder)!r} is missing from it.")
         model = type(self.model).from_pretrained(folder)
         copy_marks(self.model, model)  # a file holds neither what is frozen nor flags
         self._move_model_to_device(model, self.args.device)
@@ -350,7 +352,7 @@ class StagedTrainer(Trainer):
     def _save_model_folder(self, path) -> None:
         model = self.model if self._whole is None else gather_(self._whole, self.model)
         if self.is_world_process_zero():
-            replace_folder(model, path)
+            replace_folder(model, path, self.processing_class)
         self.accelerator.wait_for_everyone()
 
     def _write_state(self) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
+from .data import rebound
 from .generated_text import GENERATED, check_generated, generated_tokenizer
 from .image_ops import send
 from .text_sources import TextSource, token_chunks
@@ -169,6 +170,10 @@ class TextCollator:
 
     def __init__(self, dataset, evaluation: bool = False):
         self.dataset, self.evaluation = dataset, evaluation
+
+    def for_dataset(self, dataset):
+        """The same for another TokenBlocks, or a Subset of one. Raises ValueError for any other set."""
+        return self if isinstance(dataset, IterableDataset) else rebound(self, dataset, TokenBlocks)
 
     def __call__(self, items):
         answers = None

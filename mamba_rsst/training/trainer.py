@@ -1,7 +1,6 @@
 """RSSTTrainer: the staged run with the penalty, distillation, recorded steps and averages at Trainer's hooks."""
 
 import contextlib
-import copy
 import functools
 import time
 from collections.abc import Iterable
@@ -237,11 +236,8 @@ class RSSTTrainer(StagedTrainer):
     def _collating_for(self, dataset):
         usual, drop_last = self.data_collator, self.args.dataloader_drop_last
         collator = self.eval_data_collator or usual
-        bound = getattr(collator, "dataset", dataset)
-        if bound is not dataset and type(bound) is type(dataset):
-            # Its items may be mere indices (ImageTensors): of another set it would gather its own samples.
-            collator = copy.copy(collator)
-            collator.dataset = dataset
+        if hasattr(collator, "for_dataset"):  # items are mere indices: of another set it would gather its own samples
+            collator = collator.for_dataset(dataset)
         self.data_collator, self.args.dataloader_drop_last = collator, False
         try:
             yield
@@ -249,8 +245,8 @@ class RSSTTrainer(StagedTrainer):
             self.data_collator, self.args.dataloader_drop_last = usual, drop_last
 
     def _push_from_checkpoint(self, checkpoint_folder) -> None:
-        """Trainer's, from a folder that holds what it copies there and nothing else: not the stage's masks, scores and
-        rewind point."""
+        """Trainer's, from a folder that holds what it puts there (the model, the processor, training_args.bin) and
+        nothing else: not the stage's masks, scores and rewind point."""
         stage = self.args.output_dir
         self.args.output_dir = str(RunFolder.upload(stage))
         Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)

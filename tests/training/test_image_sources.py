@@ -256,6 +256,11 @@ EMPTY = {"image": np.array([], dtype=object), "label": np.array([], dtype=np.int
         ({"train": rows(["a", "b"]), "test": rows(["c"])}, {}, "Split 'test' has the label 'c'"),
         ({"train": {"image": [1, 2], "label": [0, 1]}, "test": GOOD}, {}, "'image' holds no images but .*int64"),
         (
+            {"train": GOOD, "test": {"image": [png(0), None], "label": [0, 1]}},
+            {},
+            "Image 1 of split 'test' of .* missing",
+        ),
+        (
             {"train": GOOD, "test": {"image": [b"?"], "label": [0]}},
             {},
             "Image 0 of split 'test' of .* cannot be decoded",

@@ -20,6 +20,7 @@ from tiny_runs import (
     make_trainer,
     scale_leaving,
 )
+from torch.utils.data import ConcatDataset, Subset
 from transformers import TrainerCallback, TrainingArguments
 
 from mamba_rsst import MambaForImageClassification, PruningConfig, RSSTTrainer, select_channels
@@ -282,6 +283,20 @@ def test_the_optimizer_after_a_cut_holds_the_new_parameters(tmp_path):
     assert [name for name in after if torch.equal(before[name], after[name])] == []  # every weight was trained on
 
 
+def test_gradients_are_clipped_after_a_cut_too(tmp_path):
+    found = []
+
+    class Watch(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, **kwargs):
+            grads = [p.grad for p in trainer.model.parameters() if p.grad is not None]
+            found.append((trainer._stage.name, torch.stack([g.norm() for g in grads]).norm().item()))
+
+    trainer = make_trainer(tmp_path, method="prune", max_grad_norm=0.25, num_rounds=2, callbacks=[Watch()])
+    trainer.train()
+    assert dict(found).keys() == {"train", "recover-1", "recover-2"}
+    assert all(norm == pytest.approx(0.25, rel=1e-3) for _, norm in found), found
+
+
 def test_the_final_model_is_really_smaller_and_reloads_equal(tmp_path):
     trainer, _ = run(tmp_path / "run")
     trainer.save_model(str(tmp_path / "saved"))
@@ -479,7 +494,32 @@ def test_other_images_than_the_evaluation_set_are_looked_at_themselves(tmp_path,
     assert trainer.eval_data_collator.dataset is digits().eval and trainer.args.dataloader_drop_last
 
 
-def test_what_goes_to_the_hub_while_a_stage_trains_is_the_model(tmp_path, monkeypatch):
+def test_several_evaluation_sets_and_parts_of_one(tmp_path):
+    trainer = make_trainer(tmp_path, method="dense")
+    train, held_out = digits().train, digits().eval
+    trainer.eval_dataset = {"seen": train, "new": held_out}
+    metrics = trainer.evaluate()
+    trainer.eval_dataset = held_out
+    assert metrics["eval_new_accuracy"] == trainer.evaluate()["eval_accuracy"]
+    found = trainer.predict(Subset(Subset(train, range(9, 60)), [3, 1, 40]))
+    assert found.label_ids.tolist() == train.labels[[12, 10, 49]].tolist()
+    everything = trainer.predict(train)
+    assert metrics["eval_seen_accuracy"] == pytest.approx(everything.metrics["test_accuracy"])
+    assert everything.metrics["test_accuracy"] != metrics["eval_new_accuracy"]
+    with pytest.raises(ValueError, match="gathers from a ImageTensors or a Subset of one, not from a Conc"):
+        trainer.predict(ConcatDataset([train, held_out]))
+
+    class Bank:  # of samples that it shows beside those asked for: its own affair
+        dataset = train
+
+        def __call__(self, indices):
+            return ImageCollator(held_out, mean=digits().mean, std=digits().std, num_classes=10)(indices)
+
+    trainer.eval_data_collator = Bank()
+    assert trainer.predict(held_out).label_ids.tolist() == held_out.labels.tolist() and Bank.dataset is train
+
+
+def test_nothing_of_a_stage_but_what_trainer_sends_goes_to_the_hub_while_it_trains(tmp_path, monkeypatch):
     uploads = []
 
     class FakeHub:
@@ -581,6 +621,10 @@ def test_weight_decay_spares_what_is_no_matrix(tmp_path, bidirectional):
         (dict(pruning=dict(targets=["d_inner"], round_to=33)), "`round_to` is 33 but .* only 32 channels"),
         (dict(pruning=dict(sparsity=0.95, floor=0.5)), "Cannot remove 95.0% of the d_inner channels"),
         (dict(num_train_epochs=0), "`rsst_epochs` must be set"),
+        (
+            dict(method="dense", optim="adamw_anyprecision"),
+            "'adamw_anyprecision' cannot be made: .*torchdistx",
+        ),
         (dict(dataloader_drop_last=True, per_device_train_batch_size=97), "nothing of 96 samples in batches of 97"),
     ],
 )
@@ -660,8 +704,15 @@ def test_a_folder_that_holds_a_run_is_left_alone(tmp_path):
         make_trainer(tmp_path).train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="was started with learning_rate=0.01, not 0.02"):
         make_trainer(tmp_path, method="dense", learning_rate=0.02).train(resume_from_checkpoint=True)
-    for name, then, now in (("data_seed", None, 7), ("train_sampling_strategy", "random", "sequential")):
-        with pytest.raises(ValueError, match=f"was started with {name}={then!r}, not {now!r}"):
+    for name, then, now in (
+        ("data_seed", None, 7),
+        ("train_sampling_strategy", "random", "sequential"),
+        ("dataloader_drop_last", False, True),
+        ("label_smoothing_factor", 0.0, 0.1),
+        ("optim_args", None, "a=1"),
+        ("lr_scheduler_kwargs", None, {}),
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"was started with {name}={then!r}, not {now!r}")):
             make_trainer(tmp_path, method="dense", **{name: now}).train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="`resume_from_checkpoint` is True or False here, got 'checkpoint-3'"):
         make_trainer(tmp_path, method="dense").train(resume_from_checkpoint="checkpoint-3")
