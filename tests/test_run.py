@@ -174,7 +174,7 @@ def test_the_accuracy_without_recovery_is_that_of_the_saved_model(tmp_path, rewi
 
 @pytest.mark.parametrize("more", [{}, {"prediction_loss_only": True, "eval_strategy": "epoch"}])
 def test_a_run_that_logged_nothing_still_ends(tmp_path, more):
-    """Its 9 steps are fewer than Trainer's default of 500 between two log entries; an `eval_loss` alone is not drawn."""
+    """Its 9 steps are fewer than Trainer's default of 500 between two log entries; a lone `eval_loss` is not drawn."""
     results, folder = short_run(tmp_path, logging_steps=500, **more)
     log = (folder / "training_log.jsonl").read_text()
     assert results["trained"] is False and ("eval_loss" in log if more else log == "")

@@ -510,7 +510,7 @@ def test_a_damaged_run_of_a_sweep_is_named(tmp_path, hasty, capsys, text):
 def test_a_first_stage_that_lost_its_model_is_named(tmp_path, hasty, capsys):
     path = write_sweep(tmp_path, runs={name: {"training.method": "prune"} for name in "AB"})
     assert main(["sweep", str(path), "--only", "A"]) == 0
-    (first,) = (tmp_path / "out" / "first-stages").iterdir()
+    (first,) = (tmp_path / "out" / "first-stages").glob("[!.]*")
     shutil.rmtree(first / "stages" / "0-train" / "model")
     assert main(["sweep", str(path), "--resume"]) == 2
     failed = json.loads((tmp_path / "out" / "results.json").read_text())["runs"][1]
