@@ -4,6 +4,7 @@ import dataclasses
 import json
 import platform
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -64,7 +65,8 @@ def impossible(recipes: list[Recipe], data) -> list[str | None]:
     model, reasons = _start_model(TASKS[recipes[0].task], recipes[0], data, args.seed), []
     for recipe in recipes:
         try:
-            check_run(model, recipe.training_arguments(), recipe.pruning, data.train)
+            with warnings.catch_warnings(action="ignore"):  # the run itself will warn
+                check_run(model, recipe.training_arguments(), recipe.pruning, data.train)
             reasons.append(None)
         except ValueError as error:
             reasons.append(" ".join(str(error).split()))
