@@ -1,5 +1,16 @@
+import gc
+
 import pytest
 import torch
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen_heap():
+    """accelerate collects garbage whenever a stage of training begins. Once transformers, datasets and lm-eval are all
+    loaded that takes longer than a tiny stage itself, unless what is there already is left out."""
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
