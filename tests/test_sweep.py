@@ -395,6 +395,7 @@ def test_a_pattern_that_matches_no_run_is_an_error(tmp_path, capsys, pattern):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_only_some_runs_now_and_the_others_later(tmp_path, hasty, capsys):
     runs = {"A": {"training.method": "prune"}, "B": {"training.method": "prune"}, "bad": {"pruning.floor": 0.9}}
     path = write_sweep(tmp_path, runs={**runs, "small": RUNS["small"]})
@@ -467,6 +468,7 @@ def test_every_run_that_cannot_be_made_is_noted_before_the_training_they_share(t
     assert [run["status"] for run in results["runs"]] == ["finished", "failed", "failed"]
 
 
+@pytest.mark.slow
 def test_this_machine_need_not_follow_the_runs_that_were_not_chosen(tmp_path, hasty):
     runs = {"A": {"training.method": "dense"}, "gpu": {"training.method": "dense", "training.cuda_graphs": True}}
     path = write_sweep(tmp_path, runs={**runs, "tf32": {"training.tf32": True}})
@@ -507,6 +509,7 @@ def test_a_damaged_run_of_a_sweep_is_named(tmp_path, hasty, capsys, text):
     assert "small/results.json' is damaged" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_first_stage_that_lost_its_model_is_named(tmp_path, hasty, capsys):
     path = write_sweep(tmp_path, runs={name: {"training.method": "prune"} for name in "AB"})
     assert main(["sweep", str(path), "--only", "A"]) == 0

@@ -62,6 +62,7 @@ def train_until_killed(argv, stage, errors):
     assert process.wait(60) == -signal.SIGKILL, errors.read_text()[-3000:]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(fcntl, "F_SETPIPE_SZ"), reason="sizing a pipe is Linux's")
 def test_kill_9_in_every_stage_and_resume_gives_the_same_bits(recipe, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
