@@ -100,7 +100,8 @@ def test_rounds_and_resuming_with_shards(tmp_path, method):
             assert runs[1]["metrics"][stage][when]["eval_loss"] == pytest.approx(values["eval_loss"], rel=1e-4)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_language_model_in_shards(tmp_path, dtype):
     """Tied embeddings, accumulation, a teacher, recomputed activations, evaluations within the stages."""
     import tiny_text
