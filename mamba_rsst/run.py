@@ -57,19 +57,20 @@ def run_recipe(recipe: Recipe, resume: bool = False, data=None, first_stage=None
     return results
 
 
-def impossible(recipes: list[Recipe], data) -> list[str | None]:
+def impossible(recipes: list[Recipe], data) -> list[ValueError | None]:
     """Of each of the recipes, all of which start from the same model: why `run_recipe` on these data could not come to
     its end, a budget out of reach or a stage too short; else None. For who would train something for them first."""
-    args = recipes[0].training_arguments()
-    set_seed(args.seed)
-    model, reasons = _start_model(TASKS[recipes[0].task], recipes[0], data, args.seed), []
+    first, reasons = recipes[0], []
+    seed = first.training_arguments().seed
+    set_seed(seed)
+    model = _start_model(TASKS[first.task], first, data, seed)
     for recipe in recipes:
         try:
             with warnings.catch_warnings(action="ignore"):  # the run itself will warn
                 check_run(model, recipe.training_arguments(), recipe.pruning, data.train)
             reasons.append(None)
         except ValueError as error:
-            reasons.append(" ".join(str(error).split()))
+            reasons.append(error.with_traceback(None))  # whose frames would keep the model
     return reasons
 
 

@@ -144,8 +144,8 @@ class _Worker:
         self._data = (None, None)
         self._waits = False
         self._failed: dict[Path, str] = {}
-        self._examined: set[Path] = set()
-        self._impossible: dict[Path, str] = {}
+        self._impossible: dict[Path, dict[Path, ValueError]] = {}
+        """Of each first stage that was looked at: which runs could not go on from it, and why."""
 
     def attempt(self, run: Run) -> str:
         """ "done", now or before, well or badly; "waits" for another process, which makes it or its first stage."""
@@ -164,9 +164,7 @@ class _Worker:
                 if not _of_the_run(error):
                     raise
                 _free_memory()
-                reason = " ".join(str(error).split())
-                self._say(f"Failed: {reason}")
-                report.write_atomic(_failure_file(run.folder), reason)
+                self._note_failure(run, "Failed", error)
         gather(self.sweep)
         return "done"
 
@@ -182,9 +180,10 @@ class _Worker:
             if not mine:
                 return False
             if not _finished(folder):
-                self._find_impossible(recipe)
-                if run.folder in self._impossible:
-                    raise ValueError(self._impossible[run.folder])
+                if folder not in self._impossible:
+                    self._impossible[folder] = self._find_impossible(recipe)
+                if run.folder in self._impossible[folder]:
+                    raise self._impossible[folder][run.folder]
                 self._say(f"First stage of several runs, seed {seed_of(recipe)}")
                 try:
                     self._make(recipe)
@@ -195,18 +194,20 @@ class _Worker:
                     raise ValueError(self._failed[folder]) from error
         return True
 
-    def _find_impossible(self, first_stage: Recipe) -> None:
-        """The runs that cannot be made are noted before what they share with others is trained, not hours later."""
+    def _find_impossible(self, first_stage: Recipe) -> dict[Path, ValueError]:
+        """The runs that cannot be made, noted before what they share with others is trained, not hours later."""
         folder = folder_of(first_stage)
-        if folder in self._examined:
-            return
-        self._examined.add(folder)
         runs = [r for r in self.runs if r.first_stage is not None and folder_of(r.first_stage) == folder]
-        for run, reason in zip(runs, impossible([r.recipe for r in runs], self.load(first_stage))):
-            if reason is not None:
-                self._impossible[run.folder] = reason
-                report.write_atomic(_failure_file(run.folder), reason)
-                self._say(f"Cannot be made: {run.title}: {reason}")
+        errors = impossible([r.recipe for r in runs], self.load(first_stage))
+        found = [(run, error) for run, error in zip(runs, errors) if error is not None]
+        for run, error in found:
+            self._note_failure(run, f"Cannot be made: {run.title}", error)
+        return {run.folder: error for run, error in found}
+
+    def _note_failure(self, run: Run, what: str, error: Exception) -> None:
+        reason = " ".join(str(error).split())
+        self._say(f"{what}: {reason}")
+        report.write_atomic(_failure_file(run.folder), reason)
 
     def _make(self, recipe: Recipe, first_stage: Path | None = None) -> None:
         resume = (folder_of(recipe) / RECIPE_FILE).is_file()
