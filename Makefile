@@ -11,7 +11,7 @@ quality:   ## fail on anything that `make style` would change or cannot fix
 	ruff format --check $(sources)
 
 test:      ## everything that CI runs
-	python -m pytest
+	python -m pytest -n 2
 
 test-slow: ## the long end-to-end runs
 	python -m pytest -m slow

@@ -1,6 +1,12 @@
 import gc
+import os
 
 import pytest
+
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # processes side by side, and those they start, must not each take all cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 
