@@ -142,6 +142,13 @@ def _trainer(recipe: Recipe, args, model, data) -> RSSTTrainer:
         raise ValueError(f"training: {error}") from error
 
 
+def _measured_on(device: torch.device, dtype: torch.dtype | None) -> str:
+    """What the table's speeds were measured on and how: a GPU's kernels were launched one by one, which `mamba-rsst bench
+    --graph` does without."""
+    how = [str(dtype).removeprefix("torch.")] * (dtype is not None) + ["eager"] * (device.type == "cuda")
+    return ", ".join([speed.device_name(device), *how])
+
+
 def _finish(trainer: RSSTTrainer, recipe: Recipe, folder: Path, data) -> dict:
     """Save the model, measure the stages' models side by side, draw, and write the card."""
     task, model = TASKS[recipe.task], trainer.model
@@ -193,7 +200,7 @@ def _finish(trainer: RSSTTrainer, recipe: Recipe, folder: Path, data) -> dict:
         "rows": table,
         **({FULL_SIZE: costs[FULL_SIZE]} if FULL_SIZE in costs else {}),
         **work.notes,
-        "device": speed.device_name(model.device) + (f", {str(dtype).removeprefix('torch.')}" if dtype else ""),
+        "device": _measured_on(model.device, dtype),
         "versions": {"python": platform.python_version(), "torch": torch.__version__}
         | {"transformers": transformers.__version__},
         "seconds": state.seconds,
