@@ -106,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
         "file, or a folder of them",
     )
     prune.add_argument("--samples", type=int, help="images or sequences of it (default 512 or 64)")
+    prune.add_argument("--resize", action="store_true", help="scale and centre-crop images of other sizes")
     prune.add_argument("--seq-len", type=int, default=256, help="tokens of a sequence (default 256)")
     prune.add_argument("--batch-size", type=int, default=1, help="of the latency that is measured (default 1)")
     prune.add_argument("--device", help="where scores and latency are computed (default cpu)")
@@ -131,6 +132,9 @@ def _parser() -> argparse.ArgumentParser:
     images = evaluate.add_argument_group("image classifiers")
     images.add_argument("--split", help="split to evaluate (default: the recipe's, or test)")
     images.add_argument("--max-samples", type=int, help="only the first so many images")
+    images.add_argument(
+        "--resize", action="store_true", default=None, help="scale and centre-crop those of other sizes"
+    )
     words = evaluate.add_argument_group("language models")
     words.add_argument("--tasks", help="tasks of lm-eval, with commas between: lambada_local,wikitext2_local")
     words.add_argument("--against", metavar="DENSE", help="model to compare with, in the same table")

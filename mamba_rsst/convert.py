@@ -9,7 +9,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers.utils import cached_file
 
-from .hub import load_checked, one_line, read_config
+from .errors import one_line
+from .hub import load_checked, read_config
 from .models import MambaForCausalLM, MambaRsstConfig
 from .models.configuration_mamba_rsst import TRANSFORMERS_TYPES
 

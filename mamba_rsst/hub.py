@@ -11,6 +11,8 @@ from huggingface_hub.errors import HTTPError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedModel
 from transformers.utils import cached_file, logging
 
+from .errors import one_line
+
 
 AUTO_CLASSES = {
     "mamba_rsst": AutoModelForCausalLM,
@@ -153,8 +155,3 @@ def push_folder(folder: str | os.PathLike, repo: str, private: bool = False, mes
 
 def _is_local(name: str) -> bool:
     return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1
-
-
-def one_line(error) -> str:
-    """What a library says over many lines, for the end of a sentence."""
-    return " ".join(str(error).split())[:300]

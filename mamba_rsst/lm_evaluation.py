@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .errors import one_line
 from .evaluation import place_of
-from .hub import AUTO_CLASSES, load_model, one_line, read_config
+from .hub import AUTO_CLASSES, load_model, read_config
 from .pruning.importance import evaluation_mode
 
 

@@ -143,7 +143,7 @@ def _trainer(recipe: Recipe, args, model, data) -> RSSTTrainer:
 
 
 def _measured_on(device: torch.device, dtype: torch.dtype | None) -> str:
-    """What the table's speeds were measured on and how: a GPU's kernels were launched one by one, which `mamba-rsst bench
+    """What the table's speeds were measured on, and how: of a GPU launch by launch, which `mamba-rsst bench
     --graph` does without."""
     how = [str(dtype).removeprefix("torch.")] * (dtype is not None) + ["eager"] * (device.type == "cuda")
     return ", ".join([speed.device_name(device), *how])

@@ -21,6 +21,7 @@ import torch
 import transformers
 
 from ._version import __version__
+from .errors import one_line
 from .evaluation import batch_size_of, inference, place_of, weight_bytes
 from .training.compiling import compile_blocks_
 from .training.graphed_step import capture
@@ -345,7 +346,7 @@ def _explained(too_large, compiled=False, graph=False):
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        text = " ".join(str(error).split())
+        text = one_line(error, None)
         full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         # The CPU's allocator raises a plain RuntimeError, and inductor wraps what it met.
         if full or any(words in text for words in ("out of memory", "allocate memory", "not enough memory")):

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from . import report, sweep_report
+from .errors import one_line
 from .recipe import Recipe, RecipeError
 from .report import RECIPE_FILE, RESULTS_FILE, SWEEP_FILE
 from .run import impossible, run_recipe
@@ -205,7 +206,7 @@ class _Worker:
         return {run.folder: error for run, error in found}
 
     def _note_failure(self, run: Run, what: str, error: Exception) -> None:
-        reason = " ".join(str(error).split())
+        reason = one_line(error, None)
         self._say(f"{what}: {reason}")
         report.write_atomic(_failure_file(run.folder), reason)
 

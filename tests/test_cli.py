@@ -252,6 +252,7 @@ def prune(model, out, *more, target="d_inner", sparsity=0.5):
         (("eval", "./absent"), ["'./absent'"]),
         (("eval", "MODEL", "--split", "tset"), ["'tset'", "'test'"]),
         (("eval", "MODEL", "--data", "./absent"), ["absent"]),
+        (("eval", "MODEL", "--tasks", "lambada_local", "--resize"), ["--resize", "images"]),
         (("eval", "MODEL", "--max-samples", 0), ["max_eval_samples", "0"]),
         (("eval", "MODEL", "--batch-size", 0), ["--batch-size", "0"]),
         (("eval", "MODEL", "--device", "abacus"), ["--device", "'abacus'"]),
@@ -357,11 +358,14 @@ def test_eval_prints_what_the_run_reported(call, finished_run):
     ends = [m for m in map(json.loads, (folder / "training_log.jsonl").read_text().splitlines()) if "eval_loss" in m]
     assert float(cells["loss"]) == pytest.approx(ends[-1]["eval_loss"], abs=6e-5)
     assert cells["images/s"].endswith("batch 7")
-    assert f"{folder} on digits (test)" in " ".join(out.split())
+    assert "".join(f"{folder} on digits (test)".split()) in "".join(out.split())  # a long path takes several lines
 
 
 def test_eval_takes_other_data_and_fewer_images(call, finished_run, images):
     code, out, _ = call("eval", finished_run[0], "--data", images("few", list(range(10))), "--split", "train")
+    assert code == 0 and "of 10 images" in out
+    larger = images("larger", list(range(10)), size=10)
+    code, out, _ = call("eval", finished_run[0], "--data", larger, "--resize")
     assert code == 0 and "of 10 images" in out
     code, out, _ = call("eval", finished_run[0], "--max-samples", 11, "--split", "train")
     assert code == 0 and "of 11 images" in out and "(train)" in out

@@ -85,13 +85,17 @@ def _calibration(args, model, config):
     if args.samples is not None and args.samples < 1:
         raise ValueError(f"--samples must be at least 1, got {args.samples}.")
     if not looking:
-        if args.data or args.samples is not None:
+        if args.data or args.samples is not None or args.resize:
             scores = sorted(set(map(config.importance_of, config.targets)))
-            raise ValueError(f"--data and --samples are for scores that look at data, which {scores} do not.")
+            raise ValueError(
+                f"--data, --samples and --resize are for scores that look at data, which {scores} do not."
+            )
         return None
     if not args.data:
         raise ValueError(f"--importance {looking[0]} looks at data: give --data.")
     if model.main_input_name == "input_ids":
+        if args.resize:
+            raise ValueError("--resize is for images.")
         from transformers import AutoTokenizer
 
         from ..calibration import text_calibration
@@ -110,7 +114,7 @@ def _calibration(args, model, config):
     from ..training.data import ImageCollator, ImageDataConfig, load_image_data
 
     data = load_image_data(
-        ImageDataConfig(path=args.data, max_train_samples=args.samples or 512),
+        ImageDataConfig(path=args.data, max_train_samples=args.samples or 512, resize=args.resize),
         image_size=model.config.image_size,
         num_channels=model.config.num_channels,
     )

@@ -5,7 +5,7 @@ import sys
 from .arguments import check_classes, json_file, move, short_names
 
 
-_IMAGE_OPTIONS = ("split", "max_samples")
+_IMAGE_OPTIONS = ("split", "max_samples", "resize")
 _LANGUAGE_OPTIONS = ("against", "tokenizer", "include_path", "limit", "num_fewshot", "max_length", "json")
 
 
@@ -88,7 +88,7 @@ def _eval_images(args) -> None:
         if args.data is None:
             raise ValueError(f"{args.model!r} holds no {RECIPE_FILE} that names its data: give --data.")
         config = ImageDataConfig(path=args.data)
-    changes = {"eval_split": args.split, "max_eval_samples": args.max_samples}
+    changes = {"eval_split": args.split, "max_eval_samples": args.max_samples, "resize": args.resize}
     config = replace(config, max_train_samples=None, **{k: v for k, v in changes.items() if v is not None})
     c = model.config
     data = load_image_data(config, image_size=c.image_size, num_channels=c.num_channels)

@@ -301,6 +301,11 @@ class RSSTConfig(TrainingArguments):
     def _solves_residual(self) -> bool:
         return self.method == "rsst" and self.penalty == "growing_l2" and self.lambda_max is None
 
+    def __getstate__(self) -> dict:
+        """What Trainer pickles as training_args.bin, which a push uploads: without the hub's token. A copy lacks it
+        too."""
+        return {**vars(self), "hub_token": None}
+
     @property
     def rewinds_to(self) -> str:
         """`rewind` with its default filled in."""

@@ -189,7 +189,7 @@ def _decode(images, count, size, channels, resize, where):
             if not resize:
                 raise ValueError(
                     f"Image {number} of {where} is {image.width}x{image.height}, the model takes {size}x{size}; "
-                    "`data.resize=true` scales and centre-crops."
+                    "`data.resize=true` in a recipe, or --resize, scales and centre-crops."
                 )
             image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
         return np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)

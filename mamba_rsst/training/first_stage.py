@@ -62,7 +62,7 @@ def read_first_stage(path: str | Path, settings: dict, model) -> RunState:
         raise ValueError(f"`first_stage`: {str(path)!r} was trained with {found}.")
     _check_shapes(model, path)
     point, kept = ([s.get(name) for name in ("rewind", "rewind_step")] for s in (settings, state.settings))
-    if point[0] == "step" and (point != kept or not (_stage_folder(path) / "rewind").is_dir()):
+    if point[0] == "step" and (point != kept or not (_stage_folder(path) / RunFolder.POINT).is_dir()):
         raise ValueError(
             f"`first_stage`: {str(path)!r} did not keep step {point[1]} to rewind to; train it with rewind=step."
         )
@@ -74,14 +74,14 @@ def copy_first_stage(path: str | Path, target: Path, point: bool) -> None:
     source = _stage_folder(path)
     beside = target.with_name(target.name + ".tmp")
     shutil.rmtree(beside, ignore_errors=True)
-    for name in ("model", "rewind") if point else ("model",):
+    for name in (RunFolder.MODEL, RunFolder.POINT) if point else (RunFolder.MODEL,):
         shutil.copytree(source / name, beside / name)
     shutil.rmtree(target, ignore_errors=True)
     beside.rename(target)
 
 
 def _stage_folder(path: str | Path) -> Path:
-    folders = [folder for folder in Path(path).glob("stages/0-*") if (folder / "model").is_dir()]
+    folders = [folder for folder in Path(path).glob("stages/0-*") if (folder / RunFolder.MODEL).is_dir()]
     if len(folders) != 1:
         raise ValueError(
             f"`first_stage`: {str(path)!r} lacks the model of its first stage; delete it to train it again."
@@ -90,7 +90,7 @@ def _stage_folder(path: str | Path) -> Path:
 
 
 def _check_shapes(model, path: str | Path) -> None:
-    config = type(model.config).from_pretrained(_stage_folder(path) / "model")
+    config = type(model.config).from_pretrained(_stage_folder(path) / RunFolder.MODEL)
     with torch.device("meta"):
         trained = dict(type(model)(config).named_parameters())
     own = dict(model.named_parameters())

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .sources import looks_local, quiet, reason_of, split_of
+from ..errors import reason_of
+from .sources import looks_local, quiet, split_of
 
 
 IMAGE_COLUMNS = ("img", "image", "images", "pixel_values", "picture")

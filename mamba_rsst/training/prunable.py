@@ -6,6 +6,7 @@ import inspect
 import torch
 from transformers import Trainer
 
+from ..errors import one_line
 from ..pruning import PruningConfig, find_groups, select_channels
 from ..pruning.config import BUDGETS
 from ..pruning.weight_masks import check_weight_pruning
@@ -44,8 +45,8 @@ def _check_optimizer(args: RSSTConfig, model) -> None:
         if not options.keys() & {"params", "model", "optimizer_dict"}:  # those are bound to the model's own weights
             kind([torch.zeros(1, requires_grad=True, device=args.device)], **options)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"`optim` {getattr(args.optim, 'value', args.optim)!r} cannot be made: {reason}") from error
+        optim = getattr(args.optim, "value", args.optim)
+        raise ValueError(f"`optim` {optim!r} cannot be made: {one_line(error)}") from error
 
 
 def removed_by(round_rate: float, num_rounds: int) -> float:

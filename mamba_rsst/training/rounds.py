@@ -115,10 +115,10 @@ class RunFolder:
 
     rsst_state.json; start/ the initial weights; stages/<i>-<name>/: masks.safetensors (what that stage chose),
     checkpoint-*/ and what of it goes to the hub, upload/, while it trains, model/ once it is finished, rewind/ the
-    initial weights cut alike.
+    weights that a run rewinds to: those of a step, kept by the first stage, or of a cut, cut alike.
     """
 
-    STATE, MASKS = "rsst_state.json", "masks.safetensors"
+    STATE, MASKS, MODEL, POINT = "rsst_state.json", "masks.safetensors", "model", "rewind"
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
@@ -160,17 +160,24 @@ class RunFolder:
 
     def model(self, index: int, stages: list[Stage]) -> Path:
         """The model that stage `index` starts from."""
-        return self.start if index == 0 else self.stage(index - 1, stages[index - 1]) / "model"
+        return self.start if index == 0 else self.stage(index - 1, stages[index - 1]) / self.MODEL
 
     def cuts(self, stages: list[Stage]) -> list[Masks]:
         """What each of `stages` that cuts has chosen, in order."""
         return [load_masks(self.masks(i, stage)) for i, stage in enumerate(stages) if stage.cut]
 
-    def rewind_point(self, index: int, stages: list[Stage]) -> Path:
-        """Where the survivors of stage `index` go back to: the newest cut copy of the rewind point."""
+    def kept_point(self, index: int, stages: list[Stage]) -> Path:
+        """The weights to rewind to that stage `index` has kept."""
+        return self.stage(index, stages[index]) / self.POINT
+
+    def rewind_point(self, index: int, stages: list[Stage], from_step: bool = False) -> Path:
+        """Where the survivors of stage `index` go back to: the newest cut copy of the point, before the first cut the
+        initial weights. from_step: those of a step instead; raises ValueError where no stage has kept them."""
         for i in range(index - 1, -1, -1):
-            if (path := self.stage(i, stages[i]) / "rewind").is_dir():
+            if (path := self.kept_point(i, stages)).is_dir():
                 return path
+        if from_step:
+            raise ValueError(f"{str(self.path)!r} has lost the weights of the step that the run rewinds to.")
         return self.start
 
 

@@ -17,13 +17,6 @@ def split_of(file: Path) -> str:
     return re.sub(r"(^|[-_.])\d+([-_.]of[-_.]\d+([-_.]\w+)?)?$", "", file.stem) or file.parent.name
 
 
-def reason_of(error: BaseException) -> str:
-    """The first cause of an error, in one line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return " ".join(str(error).split())
-
-
 @contextmanager
 def quiet():
     """No progress bars or information from `datasets` inside."""

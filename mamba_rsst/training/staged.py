@@ -209,11 +209,11 @@ class StagedTrainer(Trainer):
                 uncompile_blocks_(self.model)
             metrics["after_cut"] = self._evaluate_quietly()
         if stage.rewind:
-            self._rewind(index, folder)
+            self._rewind(index)
         check_weight_sparsity(self.model, self._leaving.zeros)
         metrics["end"] = metrics["after_cut"] if stage.cut and not stage.rewind else self._evaluate_quietly()
         self._leaving.end()
-        self._save_model_folder(folder / "model")
+        self._save_model_folder(self.run_folder.model(index + 1, self.stages))
         state = self.run_state
         state.history += self._with_offsets(self.state.log_history, stage)
         steps, epochs = (self.state.global_step, self.state.epoch) if stage.epochs > 0 else (0, 0.0)
@@ -291,15 +291,16 @@ class StagedTrainer(Trainer):
         else:
             apply_weight_masks_(model, self._leaving.masks)
 
-    def _rewind(self, index: int, folder) -> None:
+    def _rewind(self, index: int) -> None:
         """Set the survivors back to the rewind point, which is cut alike and kept for the next round."""
-        point = type(self.model).from_pretrained(self.run_folder.rewind_point(index, self.stages))
+        from_step = self.args.rewinds_to == "step"
+        point = type(self.model).from_pretrained(self.run_folder.rewind_point(index, self.stages, from_step))
         if self._channels:
             align_(point, self.pruning)
         self._remove_(point)
         self.model.load_state_dict(point.state_dict())
         if self._channels and self.is_world_process_zero():
-            replace_folder(point, folder / "rewind")
+            replace_folder(point, self.run_folder.kept_point(index, self.stages))
         self.accelerator.wait_for_everyone()
 
     def _fresh_optimizer(self) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .sources import looks_local, quiet, reason_of, split_of
+from ..errors import reason_of
+from .sources import looks_local, quiet, split_of
 
 
 TEXT_COLUMNS = ("text", "content", "document", "article", "review", "sentence", "story", "body")

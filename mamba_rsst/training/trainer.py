@@ -296,7 +296,7 @@ class _StageCallback(TrainerCallback):
             )
 
     def _rewind_point(self):
-        return self.trainer.run_folder.stage(0, self.trainer.stages[0]) / "rewind"
+        return self.trainer.run_folder.kept_point(0, self.trainer.stages)
 
     def on_step_end(self, args, state, control, **kwargs):
         trainer = self.trainer

@@ -184,6 +184,8 @@ def test_where_a_stage_starts_and_what_it_rewinds_to(tmp_path):
     names = [folder.model(i, stages).relative_to(tmp_path).as_posix() for i in range(len(stages) + 1)]
     assert names == ["start"] + [f"stages/{i}-{stage.name}/model" for i, stage in enumerate(stages)]
     assert folder.rewind_point(1, stages) == folder.start
+    with pytest.raises(ValueError, match="has lost the weights of the step"):
+        folder.rewind_point(1, stages, from_step=True)
     for index, after in ((0, [1, 2, 3]), (1, [2, 3])):  # the weights at a step, then what the first round cut of them
         point = folder.stage(index, stages[index]) / "rewind"
         point.mkdir(parents=True)

@@ -527,18 +527,23 @@ def test_nothing_of_a_stage_but_what_trainer_sends_goes_to_the_hub_while_it_trai
             return SimpleNamespace(repo_id=f"me/{name}")
 
         def upload_folder(self, folder_path, **_):
+            arguments = (Path(folder_path) / "training_args.bin").read_bytes()
+            assert b"hub_token" in arguments and b"hf_secret" not in arguments
             uploads.append(
                 {p.relative_to(folder_path).as_posix() for p in Path(folder_path).rglob("*") if p.is_file()}
             )
             return SimpleNamespace(done=lambda: True)
 
     monkeypatch.setattr("transformers.trainer.hf_api", FakeHub)
-    arguments = dict(save_strategy="epoch", push_to_hub=True, hub_model_id="small", method="refill")
+    arguments = dict(
+        save_strategy="epoch", push_to_hub=True, hub_model_id="small", hub_token="hf_secret", method="refill"
+    )
     trainer = make_trainer(tmp_path, rewind="step", rewind_step=1, recovery_epochs=1, **arguments)
     trainer.train()
     assert uploads == [{"config.json", "model.safetensors", "training_args.bin"}] * 2
     assert not list(tmp_path.glob("stages/*/upload")) and not list(tmp_path.glob("stages/*/config.json"))
     assert (tmp_path / "stages" / "1-prune-1" / "rewind").is_dir() and trainer.args.output_dir == str(tmp_path)
+    assert trainer.args.hub_token == "hf_secret"
 
 
 def test_a_best_model_by_an_unknown_metric_is_the_users_mistake(tmp_path):
