@@ -23,6 +23,7 @@ TARGETS = {"d_inner": "channels of the state-space layers", "intermediate_size":
 NOT_PRUNED = "It is not pruned: the baseline that pruned models are compared with."
 PRUNED = """It was made smaller by *structured pruning*: whole channels were taken out of its layers. The tensors
 really are smaller, so it needs less memory and arithmetic on any hardware, without sparse kernels."""
+MASKED = "Single weights of it are zero. It is as large and as fast as it was."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +100,7 @@ def _card_text(results, words, recipe, dataset, repo) -> str:
     figures += "![Loss, quality and penalty](figures/training.png)" if results.get("trained", True) else ""
     method = method_of(results)
     done = [METHODS.get(method, f"Method: {method or MISSING}.")]
-    done[0] += "\nThe smaller network was then trained on to recover.\n" if last == "recovered" else "\n"
+    done[0] += "\nWhat was left was then trained on to recover.\n" if last == "recovered" else "\n"
     for target, removed in results.get("channel_sparsity", {}).items():
         done.append(f"- {TARGETS.get(target, 'channels')} (`{target}`): {removed:.1%} removed")
     done += [f"- parameters: {results['param_reduction']:.1%} fewer"] if "param_reduction" in results else []
@@ -113,7 +114,7 @@ def _card_text(results, words, recipe, dataset, repo) -> str:
     return f"""# {repo.split("/")[-1]}
 
 A Mamba {words.kind} (a state-space model in place of attention) for {dataset}.
-{NOT_PRUNED if last == "dense" else PRUNED}
+{NOT_PRUNED if last == "dense" else MASKED if method == "unstructured" else PRUNED}
 
 {results_markdown(results)}
 

@@ -59,7 +59,7 @@ def read_config(name: str) -> dict:
     except OSError as error:
         raise FileNotFoundError(f"Neither a folder nor a model on the Hub that can be reached: {name!r}.") from error
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{name!r} has a config.json that is not valid JSON: {error}") from error
     return content if isinstance(content, dict) else {}

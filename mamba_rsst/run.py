@@ -81,7 +81,7 @@ def _check_folder(folder: Path, recipe: Recipe, resume: bool) -> None:
     if resume:
         if not saved.is_file():
             raise ValueError(f"{str(folder)!r} holds no run to resume.")
-        if saved.read_text() != recipe.to_yaml():
+        if saved.read_text(encoding="utf-8") != recipe.to_yaml():
             raise ValueError(f"{str(folder)!r} was started from another recipe; its own is {str(saved)!r}.")
         if (folder / RESULTS_FILE).is_file():
             raise ValueError(f"The run in {str(folder)!r} is finished; there is nothing to resume.")

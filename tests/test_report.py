@@ -277,6 +277,12 @@ def test_card_of_a_pruned_model():
         assert part in card.text
 
 
+def test_card_of_masked_weights_claims_nothing_smaller():
+    text = model_card(results(DENSE, DENSE | {"name": "masked"}, widths={}, method="unstructured"), RECIPE)
+    assert "Single weights of it are zero" in text and "as large as" in text
+    assert "smaller" not in text.split("## How to use it")[0] and "whole channels" not in text
+
+
 def test_card_of_a_baseline_claims_no_pruning():
     card = ModelCard(model_card(results(DENSE, widths={}, method="dense"), RECIPE))
     assert "pruning" not in card.data.tags

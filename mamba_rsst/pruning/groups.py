@@ -540,13 +540,15 @@ def find_groups(model: nn.Module, targets=TARGETS) -> list[Group]:
     """Every group of the given targets in `model`, in the order of its modules.
 
     Works on this package's models and on transformers' MambaForCausalLM and FalconMambaForCausalLM.
-    Raises ValueError for an unknown target, or a named one of which the model has nothing.
+    Raises ValueError for an unknown target, a named one of which the model has nothing, or another architecture.
     """
     named = tuple(targets) != TARGETS
     targets = check_targets(targets)
     groups = []
     for path, module in model.named_modules():
         layout = layout_of(module)
+        if layout is not None and (strange := _strange(model, module, layout)):
+            raise ValueError(f"{type(model).__name__} is no architecture that can be pruned: {strange}.")
         for target in layout.widths if layout is not None else ():
             obstacle, reason = layout.refuses.get(target, ("", ""))
             if obstacle and _reach(module, obstacle) is not None:
@@ -561,6 +563,19 @@ def find_groups(model: nn.Module, targets=TARGETS) -> list[Group]:
     if named and (missing := [t for t in targets if t not in found]):
         raise ValueError(f"{type(model).__name__} has no {missing[0]!r} to prune; it has {sorted(found)}.")
     return [g for g in groups if g.target in targets]
+
+
+def _strange(model, module, layout: Layout) -> str | None:
+    """Why a model is not what its modules look like: Jamba's mixers have FalconMamba's names, its config has not."""
+    config = getattr(model, "config", None)
+    fields = [field for _, field in layout.widths.values()]
+    if config is not None and (missing := [field for field in fields if not hasattr(config, field)]):
+        return f"its config has no {missing[0]!r}, which {layout.name} needs"
+    for path in layout.blocks.values():
+        for i, block in enumerate(_reach(module, path)):
+            if not any(layout_of(part) for part in block.modules()):
+                return f"{path}.{i} holds no mixer that is known"
+    return None
 
 
 def channel_norms(group: Group) -> Tensor:

@@ -188,18 +188,27 @@ def saliency(groups, calibration) -> Scores:
     seen: list[tuple[Group, Tensor, int]] = []
 
     def watch(group, module, side, start):
-        def hook(module, args, output):
-            value = args[0] if side == "input" else output
+        def note(value):
             if not value.requires_grad:
                 raise ValueError(f"Importance 'saliency' needs gradients, but none reach {group.name!r}.")
             seen.append((group, value, start))
 
-        return module, hook
+        def before(module, args):
+            # A view, so that its gradient is what comes through this reader alone: of the residual stream each norm
+            # reads a sum that later ones read too.
+            value = args[0].view_as(args[0])
+            note(value)
+            return value, *args[1:]
 
-    watched = [watch(group, *tap) for group in groups for tap in group.taps()]
+        return module, before if side == "input" else lambda module, args, output: note(output)
+
+    watched = {side: [] for side in ("input", "output")}
+    for group in groups:
+        for module, side, start in group.taps():
+            watched[side].append(watch(group, module, side, start))
     if untapped := [g.name for g in groups if not any(True for _ in g.taps())]:
         raise ValueError(f"Importance 'saliency': {untapped[0]!r} has no activation of its own to look at.")
-    with evaluation_mode(calibration.model), _hooked(watched):
+    with evaluation_mode(calibration.model), _hooked(watched["output"], watched["input"]):
         for batch in calibration:
             seen.clear()
             loss = _loss_of(calibration.model(**batch), "saliency")
@@ -357,11 +366,12 @@ def _squares(values: Tensor) -> Tensor:
 
 
 @contextmanager
-def _hooked(hooks):
-    """(module, forward hook) pairs in place."""
+def _hooked(hooks, before=()):
+    """(module, forward hook) pairs in place; before: those that are called before the forward."""
     handles = []
     try:
         handles += [module.register_forward_hook(hook) for module, hook in hooks]
+        handles += [module.register_forward_pre_hook(hook) for module, hook in before]
         yield
     finally:
         for handle in handles:

@@ -86,6 +86,8 @@ class PruningTable(list):
     @classmethod
     def of(cls, model: nn.Module, groups: list[Group], masks: Masks) -> "PruningTable":
         kept = kept_widths(groups, masks)
+        for blocks in (masks[g.name] for g in groups if g.blocks is not None and g.name in masks):
+            kept |= {g.name: 0 for g in groups if g.layer is not None and not blocks[g.layer]}
         table = cls({"layer": g.layer, "target": g.target, "before": g.size, "after": kept[g.name]} for g in groups)
         for name, cost in (("parameters", parameter_cost(model, groups)), ("macs", mac_cost(model, groups))):
             setattr(table, f"{name}_before", int(cost({})))

@@ -307,6 +307,11 @@ class RSSTConfig(TrainingArguments):
         return {**vars(self), "hub_token": None}
 
     @property
+    def total_train_batch_size(self) -> int:
+        """Samples of an update, of all processes and accumulated micro-batches."""
+        return self.train_batch_size * self.world_size * self.gradient_accumulation_steps
+
+    @property
     def rewinds_to(self) -> str:
         """`rewind` with its default filled in."""
         return self.rewind or ("initial" if self.method == "refill" else "none")

@@ -228,18 +228,21 @@ class EpochSampler(Sampler):
 
     def __init__(self, dataset, seed=0):
         self.dataset, self.seed, self._epoch = dataset, seed, 0
+        self._keeper = dataset  # of the epoch, which augmentation reads: of a Subset the whole
+        while isinstance(self._keeper, Subset):
+            self._keeper = self._keeper.dataset
 
     def __len__(self):
         return len(self.dataset)
 
     @property
     def epoch(self):
-        return self.dataset.epoch if hasattr(self.dataset, "set_epoch") else self._epoch
+        return getattr(self._keeper, "epoch", self._epoch) if hasattr(self._keeper, "set_epoch") else self._epoch
 
     def set_epoch(self, epoch):
         self._epoch = epoch
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(epoch)
+        if hasattr(self._keeper, "set_epoch"):
+            self._keeper.set_epoch(epoch)
 
     def __iter__(self):
         return iter(np.random.default_rng((self.seed, self.epoch)).permutation(len(self)).tolist())

@@ -61,11 +61,11 @@ class Teacher:
         model = self.model if self.args.distillation_weight > 0 else self.model.base_model  # logits nobody reads
         return model(**{k: v for k, v in inputs.items() if k != "labels"})
 
-    def add_to(self, loss: Tensor, outputs, teacher, labels, items, share: float, processes: int) -> Tensor:
+    def add_to(self, loss: Tensor, outputs, teacher, labels, items, share: float, processes: int, mask=None) -> Tensor:
         """The task's loss with what the teacher's outputs add.
 
         items: of all micro-batches and of all `processes`, by which the task's sum was divided; None where it is a
-        mean. share: what a mean of this micro-batch counts of the update's.
+        mean. share: what a mean of this micro-batch counts of the update's. mask: the positions that are no padding.
         """
         args = self.args
         if args.distillation_weight > 0:
@@ -76,7 +76,7 @@ class Teacher:
                 soft = soft * processes  # which are averaged over
             loss = (1.0 - args.distillation_weight) * loss + args.distillation_weight * soft
         if self._holds:
-            far = hidden_state_loss(outputs["hidden_states"], teacher.hidden_states, *self._places)
+            far = hidden_state_loss(outputs["hidden_states"], teacher.hidden_states, *self._places, mask)
             self._distance.copy_(far.detach())
             loss = loss + self._hidden_weight * share * far
         return loss
@@ -117,6 +117,7 @@ def hidden_state_loss(
     teacher: Sequence[Tensor],
     blocks: Sequence[int] | None = None,
     channels: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """How far the student's residual stream is from the teacher's: mean_ln ||s_ln - t_ln||^2 / ||t_ln||^2, an
     fp32 scalar, over states l and samples n: a mean over samples, so that micro-batches and processes add up.
@@ -129,6 +130,7 @@ def hidden_state_loss(
         `hidden_states` of our models; any others that go together one by one, such as those of transformers' Mamba.
     blocks: the teacher's block that each of the student's was, where whole blocks are gone; default the same.
     channels: indices (D_student,) of the teacher's hidden_size that the student has kept; default all.
+    mask: (B, L), 0 where a position is padding and does not count; default all count.
     Raises ValueError where the numbers of states do not go together.
     """
     places = [*(range(len(teacher) - 1) if blocks is None else blocks), len(teacher) - 1]
@@ -138,7 +140,10 @@ def hidden_state_loss(
     for s, place in zip(student, places):
         t = teacher[place].detach()
         t = (t if channels is None else t.index_select(-1, channels)).float()
-        far, size = (x.square().flatten(1).mean(1) for x in (s.float() - t, t))
+        far, size = (x.square() for x in (s.float() - t, t))
+        if mask is not None:
+            far, size = (x * mask[..., None] for x in (far, size))
+        far, size = (x.flatten(1).mean(1) for x in (far, size))
         errors.append((far / size.clamp(min=1e-12)).mean())
     return torch.stack(errors).mean()
 

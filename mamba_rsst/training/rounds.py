@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..pruning import Masks
+from ..pruning import Group, Masks
 from .arguments import UNPRUNED, RSSTConfig
 
 
@@ -67,7 +68,8 @@ def plan_stages(args: RSSTConfig) -> list[Stage]:
 
 UNWRITTEN = frozenset(
     ["lr_scheduler_kwargs", "optim_args", "label_smoothing_factor", "data_seed", "train_sampling_strategy"]
-    + ["dataloader_drop_last"]
+    + ["dataloader_drop_last", "total_train_batch_size", "bf16", "fp16", "neftune_noise_alpha"]
+    + ["load_best_model_at_end", "metric_for_best_model", "greater_is_better"]
 )
 """Settings that decide the outcome, but are missing from the states of runs made before version 0.1.0 was finished."""
 
@@ -225,6 +227,20 @@ def survivors(masks: Iterable[Masks], dim: str) -> list[int] | None:
 def surviving_blocks(masks: Iterable[Masks]) -> list[int] | None:
     """The dense model's blocks that these cuts leave, see `survivors`."""
     return survivors(masks, "num_hidden_layers")
+
+
+def dense_widths_of(groups: Iterable[Group], dense: dict[str, int], masks: Iterable[Masks]) -> dict[str, int]:
+    """The dense model's widths of these groups, whose blocks are numbered as the cuts so far have left them."""
+    blocks = surviving_blocks(masks)
+    if blocks is None:
+        return dense
+
+    def then(group: Group) -> str:
+        if group.layer is None:
+            return group.name
+        return re.sub(rf"\.{group.layer}(?=[.:])", f".{blocks[group.layer]}", group.name, count=1)
+
+    return {group.name: dense[then(group)] for group in groups}
 
 
 WHOLE = ("optimizer.pt",)

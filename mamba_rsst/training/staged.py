@@ -38,6 +38,7 @@ from .rounds import (
     RunFolder,
     RunState,
     Stage,
+    dense_widths_of,
     last_complete_checkpoint,
     load_masks,
     plan_stages,
@@ -149,7 +150,7 @@ class StagedTrainer(Trainer):
 
     def _settings(self) -> dict:
         """What a run may not change when it is resumed, as JSON holds it."""
-        # Not the batch sizes: other processes may share the same batch out in other ways.
+        # Not the batch of a process: others may share the same batch out in other ways.
         names = [*RSSTConfig.__annotations__, "learning_rate", "num_train_epochs", "weight_decay", "seed", "optim"]
         names += ["lr_scheduler_type", "warmup_steps", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon"]
         names += UNWRITTEN
@@ -249,7 +250,7 @@ class StagedTrainer(Trainer):
             config = self._config_of(stage)
             if self._channels:
                 scores = self._score(stage, folder)
-                chosen = [select_channels(self.model, config, dense=self.run_state.dense_widths, scores=scores)]
+                chosen = [select_channels(self.model, config, dense=self._dense_widths(stage), scores=scores)]
                 self._save_scores(folder, "before", scores)
             else:
                 chosen = [choose_weights(self.model, config)]
@@ -265,7 +266,11 @@ class StagedTrainer(Trainer):
         self._move_model_to_device(self.model, self.args.device)
         # Scores hook into modules and run each batch size once: compiled code would neither be hooked nor pay.
         with self.accelerator.autocast(), torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
-            return score_groups(self.model, self._config_of(stage), batches, self.run_state.dense_widths)
+            return score_groups(self.model, self._config_of(stage), batches, self._dense_widths(stage))
+
+    def _dense_widths(self, stage: Stage) -> dict[str, int]:
+        cuts = self.run_folder.cuts(self.stages[: self.stages.index(stage)])
+        return dense_widths_of(self._groups(), self.run_state.dense_widths, cuts)
 
     def _save_scores(self, folder, when: str, scores: dict[str, torch.Tensor]) -> None:
         """stages/<i>-<name>/scores.safetensors: "before:<group>" when channels were chosen, "after:<group>" at the end
@@ -348,6 +353,7 @@ class StagedTrainer(Trainer):
         copy_marks(self.model, model)  # a file holds neither what is frozen nor flags
         self._move_model_to_device(model, self.args.device)
         model.train(self.model.training)
+        self.callback_handler.model = model
         self.model = self.model_wrapped = model
 
     def _save_model_folder(self, path) -> None:

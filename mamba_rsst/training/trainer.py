@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import time
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -128,10 +129,13 @@ class RSSTTrainer(StagedTrainer):
             share = 1.0 / self.current_gradient_accumulation_steps if whole else 1.0
             if taught:
                 items = num_items_in_batch if whole else None
+                if items is not None and labels is not None and labels.is_floating_point():
+                    items = items / labels.shape[-1]  # Trainer counted each class of a soft label
                 processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
                 with self.accelerator.autocast():
                     teacher = self.teacher.answer(inputs)
-                loss = self.teacher.add_to(loss, outputs, teacher, labels, items, share, processes)
+                mask = inputs.get("attention_mask")
+                loss = self.teacher.add_to(loss, outputs, teacher, labels, items, share, processes, mask)
             if self._leaving.penalty() == "group_lasso":
                 loss = loss + share * self._leaving.lasso()
         return (loss, outputs) if return_outputs else loss
@@ -244,6 +248,11 @@ class RSSTTrainer(StagedTrainer):
         finally:
             self.data_collator, self.args.dataloader_drop_last = usual, drop_last
 
+    def add_callback(self, callback) -> None:
+        """Trainer's. What this class watches for stays last: a stage that decays channels must not be stopped."""
+        super().add_callback(callback)
+        self.callback_handler.callbacks.sort(key=lambda known: isinstance(known, _StageCallback))
+
     def _push_from_checkpoint(self, checkpoint_folder) -> None:
         """Trainer's, from a folder that holds what it puts there (the model, the processor, training_args.bin) and
         nothing else: not the stage's masks, scores and rewind point."""
@@ -288,7 +297,27 @@ class _StageCallback(TrainerCallback):
             stepped=not trainer.accelerator.optimizer_step_was_skipped,
         )
 
+    def _goes_on(self, state, control) -> None:
+        """A stage that decays channels goes on to its end: cut before, they would be cut alive."""
+        if self.trainer._stage is None or not self.trainer._stage.decay or state.global_step >= state.max_steps:
+            return
+        if control.should_training_stop or control.should_epoch_stop:
+            warnings.warn(f"The stage {self.trainer._stage.name!r} goes on: its channels have not decayed yet.")
+            control.should_training_stop = control.should_epoch_stop = False
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self._goes_on(state, control)
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self._goes_on(state, control)
+
     def on_train_end(self, args, state, control, **kwargs):
+        stage = self.trainer._stage
+        if stage is not None and stage.decay and state.global_step < state.max_steps:
+            raise ValueError(
+                f"The stage {stage.name!r} was stopped after {state.global_step} of {state.max_steps} steps: its "
+                "channels have not decayed yet, so they are not cut."
+            )
         # It may have ended before the point, by a callback: going back to the start instead would be another method.
         if self._takes_rewind_point(args) and args.method != "dense" and not self._rewind_point().is_dir():
             raise ValueError(
@@ -299,6 +328,7 @@ class _StageCallback(TrainerCallback):
         return self.trainer.run_folder.kept_point(0, self.trainer.stages)
 
     def on_step_end(self, args, state, control, **kwargs):
+        self._goes_on(state, control)
         trainer = self.trainer
         if self._takes_rewind_point(args) and state.global_step == args.rewind_step:
             trainer._save_model_folder(self._rewind_point())

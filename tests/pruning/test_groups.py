@@ -16,6 +16,7 @@ from tiny import (
     make,
     mixers,
 )
+from transformers import AutoModelForCausalLM, JambaConfig, Mamba2Config
 
 from mamba_rsst import find_groups
 from mamba_rsst.pruning.groups import CARRIED, CONSUMER, LAYOUTS, PRODUCER, TARGETS, channel_norms, layout_of
@@ -293,6 +294,33 @@ def test_a_target_that_the_model_lacks(kind):
 def test_a_model_without_widths():
     with pytest.raises(ValueError, match="Linear has no layer with a prunable width; known are .*mamba_rsst mixer"):
         find_groups(torch.nn.Linear(3, 4))
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (
+            JambaConfig(
+                vocab_size=20, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2,
+                num_key_value_heads=2, attn_layer_offset=1, attn_layer_period=2, num_experts=1, mamba_dt_rank=3,
+            ),
+            "its config has no 'state_size'",
+        ),
+        (
+            Mamba2Config(
+                vocab_size=20, hidden_size=16, num_heads=4, head_dim=8, num_hidden_layers=2, state_size=8, n_groups=1
+            ),
+            "backbone.layers.0 holds no mixer that is known",
+        ),
+    ],
+)  # fmt: skip
+def test_models_that_only_look_alike_are_refused(config, reason):
+    model = AutoModelForCausalLM.from_config(config)
+    for targets in (TARGETS, ["d_state"], ["hidden_size"], ["num_hidden_layers"]):
+        with pytest.raises(
+            ValueError, match=f"{type(model).__name__} is no architecture that can be pruned: {reason}"
+        ):
+            find_groups(model, targets)
 
 
 def test_gradient_reaches_parameters_through_the_views():

@@ -503,6 +503,21 @@ def test_saliency(kind, target):
     model.zero_grad()
 
 
+def test_saliency_of_the_residual_stream_is_that_of_what_is_written_to_it():
+    """The readers of a channel add up to its writers: a stage of the stream must not count what later blocks read."""
+    model = make("lm").double()
+    batch = {k: v[:1] for k, v in batch_of(model).items()}
+    groups, scores = scores_of(model, "saliency", ["hidden_size"], [batch])
+    gate = torch.ones(groups[0].size, dtype=torch.float64, requires_grad=True)
+    writers = [model.backbone.embeddings, *(block.mixer.out_proj for block in model.backbone.layers)]
+    handles = [writer.register_forward_hook(lambda module, args, output: output * gate) for writer in writers]
+    (expected,) = torch.autograd.grad(model(**batch).loss, gate)
+    for handle in handles:
+        handle.remove()
+    expected = expected.abs().float()
+    torch.testing.assert_close(scores[groups[0].name], expected, rtol=1e-3, atol=1e-4 * expected.max().item())
+
+
 def test_saliency_without_what_it_needs():
     model = make("v2")
     batch = batch_of(model)

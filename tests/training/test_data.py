@@ -3,7 +3,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from mamba_rsst.training.augmentation import AugmentationConfig, BatchAugmentation, uniforms
 from mamba_rsst.training.data import EpochSampler, ImageCollator, ImageDataConfig, ImageTensors, load_image_data
@@ -129,6 +129,27 @@ def test_epoch_sampler():
     part.set_epoch(0)
     assert list(sampler) == first
     assert all(type(i) is int for i in first)
+
+
+def test_epoch_sampler_of_a_part_tells_the_whole():
+    """Whose epoch the augmentation reads."""
+    whole = tensors()
+    part = Subset(Subset(whole, range(40)), range(30))
+    sampler = EpochSampler(part, seed=3)
+    first = list(sampler)
+    sampler.set_epoch(2)
+    assert whole.epoch == sampler.epoch == 2 and list(sampler) != first and sorted(sampler) == list(range(30))
+
+
+def test_epoch_sampler_of_a_data_set_that_shows_no_epoch():
+    class Silent(list):
+        def set_epoch(self, epoch):
+            self.told = epoch
+
+    sampler = EpochSampler(Silent(range(20)))
+    first = list(sampler)
+    sampler.set_epoch(1)
+    assert sampler.dataset.told == sampler.epoch == 1 and list(sampler) != first
 
 
 def test_epoch_sampler_of_a_plain_data_set():

@@ -102,6 +102,20 @@ def test_the_stream_is_compared_where_it_is_the_same_and_relative_to_its_size(bl
     assert all(t.grad is None for t in teacher)
 
 
+def test_padding_is_no_part_of_the_stream():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 3, 2, 5, 4).unbind(0)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    expected = 0.0
+    for s, t in zip(student, teacher):
+        for row, length in ((0, 3), (1, 5)):
+            expected += ((s[row, :length] - t[row, :length]) ** 2).sum() / (t[row, :length] ** 2).sum() / 6
+    torch.testing.assert_close(hidden_state_loss(list(student), list(teacher), mask=mask), expected)
+    everything = hidden_state_loss(list(student), list(teacher))
+    torch.testing.assert_close(hidden_state_loss(list(student), list(teacher), mask=torch.ones(2, 5)), everything)
+    assert abs(everything - expected) > 1e-3
+
+
 def test_states_without_a_counterpart_are_an_error():
     states = [torch.zeros(1, 2, 3)] * 5
     with pytest.raises(ValueError, match="4 hidden states, 5 of the teacher's"):

@@ -565,6 +565,70 @@ def test_the_best_checkpoint_of_a_decaying_stage_is_not_brought_back(tmp_path):
     assert trainer.args.load_best_model_at_end is True
 
 
+@pytest.mark.parametrize("event", ["on_evaluate", "on_step_end", "on_epoch_end"])
+def test_a_stage_that_decays_is_not_stopped_early_but_the_others_are(tmp_path, event):
+    """Its channels would be cut alive."""
+
+    class Stop(TrainerCallback):
+        pass
+
+    def stop(self, args, state, control, **kwargs):
+        if state.global_step >= 2:
+            control.should_training_stop = True
+
+    setattr(Stop, event, stop)
+    arguments = dict(num_train_epochs=4, rsst_epochs=4, recovery_epochs=4, eval_strategy="epoch")
+    trainer = make_trainer(tmp_path, callbacks=[Stop()] if event == "on_evaluate" else [], **arguments)
+    if event != "on_evaluate":
+        trainer.add_callback(Stop())
+    with pytest.warns(UserWarning, match="The stage 'rsst-1' goes on: its channels have not decayed yet"):
+        trainer.train()
+    steps = {name: spent["steps"] for name, spent in trainer.run_state.spent.items()}
+    short = 2 if event == "on_step_end" else STEPS
+    assert steps == {"train": short, "rsst-1": 4 * STEPS, "recover-1": short}
+
+
+def test_a_stage_that_was_stopped_all_the_same_is_not_cut(tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = trainer._stage.decay
+
+    trainer = make_trainer(tmp_path, rsst_epochs=4)
+    trainer.callback_handler.callbacks.append(Stop())
+    with pytest.raises(ValueError, match="The stage 'rsst-1' was stopped after 4 of 12 steps"):
+        trainer.train()
+    assert trainer.run_state.done == 1
+
+
+def test_soft_labels_and_a_loss_of_ones_own_are_taught_as_much(tmp_path):
+    def own(outputs, labels, num_items_in_batch=None):
+        return F.cross_entropy(outputs["logits"], labels, reduction="mean")
+
+    losses = []
+    for name, function in (("model", None), ("own", own)):
+        soft = BatchAugmentation(AugmentationConfig(randaugment_ops=0, erasing=0.0))
+        trainer = make_trainer(
+            tmp_path / name, augmentation=soft, method="prune", num_train_epochs=1, distillation_weight=1.0
+        )
+        trainer.compute_loss_func = function
+        trainer.train()
+        losses.append(logs_of(trainer, "recover-1")[0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3) and losses[0] > 0.01
+
+
+def test_rounds_that_remove_blocks_count_by_the_blocks_that_are_left(tmp_path):
+    """Blocks are renumbered when one leaves: the second round took the first one's width for the second's."""
+    model = make_model(num_hidden_layers=4, d_inner=[8, 32, 32, 32], intermediate_size=0)
+    with torch.no_grad():
+        model.backbone.layers[0].mixer.out_proj.weight.mul_(1e-3)  # the block that leaves
+    sparsity = {"d_inner": 0.5, "num_hidden_layers": 0.25}
+    pruning = dict(targets=list(sparsity), sparsity=sparsity, importance="magnitude_l2", round_to=1, floor=0.01)
+    arguments = dict(method="prune", num_rounds=2, num_train_epochs=0, recovery_epochs=0)
+    trainer = make_trainer(tmp_path, model=model, pruning=pruning, **arguments)
+    trainer.train()
+    assert len(trainer.model.config.d_inner) == 3 and sum(trainer.model.config.d_inner) == 48
+
+
 def test_every_epoch_of_every_stage_has_its_own_order_and_its_own_augmentation(tmp_path):
     trainer = make_trainer(tmp_path, num_train_epochs=2, augmentation=BatchAugmentation(AugmentationConfig()))
     collate, seen = trainer.data_collator, {}
@@ -716,9 +780,13 @@ def test_a_folder_that_holds_a_run_is_left_alone(tmp_path):
         ("label_smoothing_factor", 0.0, 0.1),
         ("optim_args", None, "a=1"),
         ("lr_scheduler_kwargs", None, {}),
+        ("bf16", False, True),
+        ("neftune_noise_alpha", None, 5.0),
     ):
         with pytest.raises(ValueError, match=re.escape(f"was started with {name}={then!r}, not {now!r}")):
             make_trainer(tmp_path, method="dense", **{name: now}).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="was started with total_train_batch_size=32, not 16"):
+        make_trainer(tmp_path, method="dense", per_device_train_batch_size=16).train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="`resume_from_checkpoint` is True or False here, got 'checkpoint-3'"):
         make_trainer(tmp_path, method="dense").train(resume_from_checkpoint="checkpoint-3")
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
