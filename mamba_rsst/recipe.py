@@ -141,7 +141,7 @@ def build_recipe(content: dict, default_output: str = "runs/run") -> Recipe:
     return Recipe(
         task=task.name,
         model=_model_section(content["model"], task),
-        data=_section(task.data_config, content.get("data") or {}, "data"),
+        data=_section(task.data_config, {} if content.get("data") is None else content["data"], "data"),
         augmentation=_section(AugmentationConfig, content.get("augmentation"), "augmentation"),
         pruning=pruning,
         training=training,
@@ -249,8 +249,8 @@ def coerce(value, kind, name: str):
         text = "no" if value is False else value  # as YAML reads a bare no
         if text in [choice.value for choice in kind]:
             return text
-    elif isinstance(kind, type) and origin is None and isinstance(value, kind):
-        return value
+    elif isinstance(kind, type) and origin is None and isinstance(value, kind) and kind not in (int, float):
+        return value  # true is an int to Python, and no number here
     elif isinstance(kind, type) and origin is None and kind not in (str, bool, int, float, list, dict):
         return value  # a config object: its own class checks it
     raise RecipeError(f"`{name}` must be {_spell(kind)}, got {value!r}.")

@@ -100,10 +100,15 @@ def results_table(results: dict):
     return table
 
 
-def print_results(results: dict, console=None):
+def plain_console():
+    """A rich console that prints names and paths as they are: what stands in brackets in one is no markup."""
     from rich.console import Console
 
-    (console or Console()).print(results_table(results))
+    return Console(markup=False, emoji=False)
+
+
+def print_results(results: dict, console=None):
+    (console or plain_console()).print(results_table(results))
 
 
 def results_markdown(results: dict) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 
 from .recipe import Recipe, RecipeError, build_recipe, check_keys, parse_override, read_yaml, set_key
-from .report import SWEEP_FILE
+from .report import SWEEP_FILE, plain_console
 from .training.arguments import RSSTConfig
 from .training.first_stage import LATER, first_stage_settings
 from .training.rounds import plan_stages
@@ -328,7 +328,6 @@ def _matches(run: Run, pattern: str) -> bool:
 def print_plan(sweep: Sweep, runs: list[Run] | None = None) -> None:
     """What a sweep would do: its runs in order, or some of them, their folders, their epochs."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     runs = sweep.runs if runs is None else runs
@@ -353,4 +352,4 @@ def print_plan(sweep: Sweep, runs: list[Run] | None = None) -> None:
         total += epochs
     apart = sum(epochs_of(run.recipe) for run in runs)
     table.caption = f"{total:g} epochs of training in all; without shared first stages it would be {apart:g}."
-    Console().print(table)
+    plain_console().print(table)

@@ -8,7 +8,7 @@ from itertools import cycle
 from pathlib import Path
 
 from .figures import BLUE, GREEN, GREY, ORANGE, PURPLE
-from .report import MISSING, columns_of, human, write_atomic
+from .report import MISSING, columns_of, human, plain_console, write_atomic
 from .training.first_stage import LATER
 
 
@@ -206,10 +206,9 @@ def markdown(results: dict) -> str:
 
 def print_table(results: dict, console=None) -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    console = console or Console()
+    console = console or plain_console()
     titles, lines = _cells(results)
     table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, caption=" ".join(_notes(results)))
     for i, title in enumerate(titles):

@@ -230,9 +230,7 @@ class _Worker:
             self._say(f"Waiting for {runs} run{'s' * (runs > 1)} that another process makes")
 
     def _say(self, text: str) -> None:
-        from rich.console import Console
-
-        Console().rule(text, align="left")
+        report.plain_console().rule(text, align="left")
 
 
 def gather(sweep: Sweep) -> dict:

@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from tiny import make
 from tiny_runs import digits, load_stage, write_recipe
 
 from mamba_rsst import PruningConfig, cli, prune_
+from mamba_rsst.commands.arguments import check_classes, normalisation
+from mamba_rsst.commands.checkpoints import _calibration
 from mamba_rsst.evaluation import count_macs_per_item
 from mamba_rsst.hub import load_model
 
@@ -129,6 +132,8 @@ def test_unknown_words(refused, argv, names):
         ("training.max_steps=5", ["`max_steps`"]),
         ("training.per_device_train_batch_size=0", ["`per_device_train_batch_size`"]),
         ("training.dataloader_num_workers=2", ["dataloader_num_workers"]),
+        ("training.data_seed=-1", ["`data_seed`", "-1"]),
+        ("training.enable_jit_checkpoint=true", ["`enable_jit_checkpoint`", "`save_steps`"]),
         ("training.train_sampling_strategy=group_by_length", ["train_sampling_strategy", "'sequential'"]),
         ("augmentation.crop_padding=9", ["`augmentation.crop_padding`", "8", "9"]),
         ("training.report_to=wandb", ["wandb"]),
@@ -359,6 +364,61 @@ def test_eval_prints_what_the_run_reported(call, finished_run):
     assert float(cells["loss"]) == pytest.approx(ends[-1]["eval_loss"], abs=6e-5)
     assert cells["images/s"].endswith("batch 7")
     assert "".join(f"{folder} on digits (test)".split()) in "".join(out.split())  # a long path takes several lines
+
+
+def test_classes_are_numbered_as_the_model_does_by_their_names():
+    def data(*names):
+        parts = (SimpleNamespace(labels=torch.tensor(labels)) for labels in ([0, 1, 2, 0], [2, 2, 1]))
+        train, evaluated = parts
+        return SimpleNamespace(id2label=dict(enumerate(names)), train=train, eval=evaluated)
+
+    model = SimpleNamespace(config=SimpleNamespace(num_labels=3, id2label={0: "ant", 1: "bee", 2: "cat"}))
+    check_classes(model, "there", same := data("ant", "bee", "cat"))
+    check_classes(model, "there", turned := data("cat", "ant", "bee"))
+    assert same.train.labels.tolist() == [0, 1, 2, 0] and same.eval.labels.tolist() == [2, 2, 1]
+    assert turned.train.labels.tolist() == [2, 0, 1, 2] and turned.eval.labels.tolist() == [1, 1, 0]
+    with pytest.warns(UserWarning, match="'dog'.*the model's .*'cat'"):
+        check_classes(model, "there", other := data("dog", "ant", "bee"))
+    assert other.train.labels.tolist() == [0, 1, 2, 0]
+    with pytest.raises(ValueError, match="'there' has 2 classes, the model 3"):
+        check_classes(model, "there", data("ant", "bee"))
+
+
+def test_scores_that_look_at_images_see_them_as_the_model_does(finished_run, tmp_path):
+    shutil.copytree(finished_run[0], tmp_path / "run", ignore=shutil.ignore_patterns("stages"))
+    file = tmp_path / "run" / "preprocessor_config.json"
+    content = json.loads(file.read_text()) | {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7]}
+    file.write_text(json.dumps(content))
+    args = SimpleNamespace(model=str(tmp_path / "run"), data="digits", samples=64, resize=False)
+    (batch,) = _calibration(
+        args, load_model(args.model), PruningConfig(targets=["d_inner"], sparsity=0.5, importance="taylor")
+    )
+    images = digits().train.images[:64].float() / 255
+    mean, std = (torch.tensor(content[name])[:, None, None] for name in ("image_mean", "image_std"))
+    torch.testing.assert_close(batch["pixel_values"], (images - mean) / std)
+    for damage in (
+        [],
+        {**content, "image_std": [0, 0, 0]},
+        {**content, "image_std": 3},
+        {**content, "image_mean": [1.0]},
+    ):
+        file.write_text(json.dumps(damage))
+        with pytest.raises(ValueError, match="preprocessor_config.json' is damaged"):
+            normalisation(args.model, digits())
+
+
+@pytest.mark.parametrize("name", ["m[/x]", "m[red]", "m:smile:"])
+def test_names_are_printed_as_they_are(call, finished_run, tmp_path, name):
+    """Rich takes brackets for markup and raised an error after the work."""
+    folder = tmp_path / "work" / name
+    shutil.copytree(finished_run[0], folder, ignore=shutil.ignore_patterns("stages"))
+    for argv in (
+        ("inspect", name),
+        ("eval", name),
+        ("prune", name, f"{name}-out", "--target", "d_inner", "--sparsity", 0.5, "--round-to", 1),
+    ):
+        code, out, err = call(*argv)
+        assert code == 0 and name in out, err
 
 
 def test_eval_takes_other_data_and_fewer_images(call, finished_run, images):

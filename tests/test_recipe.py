@@ -155,6 +155,12 @@ def test_a_value_of_the_wrong_type_is_named(section, key, value, must_be):
         build_recipe(content(**{section: {key: value}}))
 
 
+@pytest.mark.parametrize("value", [False, [], 0])
+def test_a_section_that_is_none_is_named(value):
+    with pytest.raises(RecipeError, match="`data` must be a section with keys below it, got"):
+        build_recipe(content() | {"data": value})
+
+
 def test_coerce_quotes_a_nested_key():
     with pytest.raises(RecipeError, match="`a.b` must be a number, got 'x'"):
         coerce({"b": "x"}, dict[str, float], "a")
@@ -326,6 +332,8 @@ def test_overrides_reach_one_level_deeper(tmp_path):
         ("training.sed=3", "Unknown key `training.sed` .did you mean 'seed'"),
         ("training.seed=[1", "The value of the override 'training.seed=.1' is not valid YAML"),
         ("training.seed=three", "`training.seed` must be an integer, got 'three'"),
+        ("training.seed=true", "`training.seed` must be an integer, got True"),
+        ("training.save_total_limit=true", "`training.save_total_limit` must be an integer, got True"),
         ("task.name=x", "`task` holds no keys"),
         ("model.hidden_size.x=3", "`model.hidden_size` must be an integer, got {'x': 3}"),
         ("training.=3", "Unknown key `training.`"),

@@ -66,5 +66,45 @@ def short_names(paths: list[str]) -> dict[str, str]:
 
 
 def check_classes(model, path: str, data) -> None:
+    """Number the data's classes as the model does, by their names. Raises ValueError for another number of them; other
+    names are warned of and taken in their order."""
+    import warnings
+
+    import torch
+
     if len(data.id2label) != model.config.num_labels:
         raise ValueError(f"{path!r} has {len(data.id2label)} classes, the model {model.config.num_labels}.")
+    theirs = [str(data.id2label[i]) for i in range(len(data.id2label))]
+    ours = [str(model.config.id2label[i]) for i in range(model.config.num_labels)]
+    if theirs == ours or ours == [f"LABEL_{i}" for i in range(len(ours))]:
+        return
+    if sorted(theirs) != sorted(ours):
+        warnings.warn(f"The classes of {path!r} are {theirs}, the model's {ours}: they are taken in this order.")
+        return
+    numbers = torch.tensor([ours.index(name) for name in theirs])
+    for part in (data.train, data.eval):
+        part.labels = numbers[part.labels]
+
+
+def normalisation(model_path: str, data):
+    """The mean and deviation that the model was trained with, from its preprocessor; else the data's own."""
+    import json
+    from pathlib import Path
+
+    file = Path(model_path) / "preprocessor_config.json"
+    if not file.is_file():
+        return data.mean, data.std
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(file)!r} is damaged: {error}") from error
+    if not isinstance(saved, dict):
+        raise ValueError(f"{str(file)!r} is damaged: it holds {saved!r}.")
+    if "image_mean" not in saved or "image_std" not in saved:
+        return data.mean, data.std
+    mean, std = saved["image_mean"], saved["image_std"]
+    for name, values in (("image_mean", mean), ("image_std", std)):
+        numbers = isinstance(values, list) and all(isinstance(v, int | float) for v in values)
+        if not numbers or len(values) != len(data.mean) or (name == "image_std" and min(values) <= 0):
+            raise ValueError(f"{str(file)!r} is damaged: its {name!r} is {values!r}.")
+    return mean, std

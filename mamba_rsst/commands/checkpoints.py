@@ -1,18 +1,16 @@
 """From one checkpoint to another: prune, inspect, convert, export, push."""
 
-from .arguments import check_classes, json_file, move, new_folder
+from .arguments import check_classes, json_file, move, new_folder, normalisation
 
 
 def prune(args) -> None:
     from pathlib import Path
 
-    from rich.console import Console
-
     from .. import speed
     from ..hub import load_model
     from ..latency import latency_cost, measure_latency
     from ..pruning import PruningConfig, prune_
-    from ..report import widths_table
+    from ..report import plain_console, widths_table
 
     out = Path(args.out).expanduser() if args.dry_run else new_folder(args.out, args.model)
     settings = {
@@ -36,7 +34,7 @@ def prune(args) -> None:
     shape = {"batch_size": args.batch_size, "seq_len": args.seq_len}
     cost = latency_cost(model, config, **shape) if args.budget == "latency" else None
     table = prune_(model, config, calibration, dry_run=args.dry_run, cost=cost)
-    console = Console()
+    console = plain_console()
     console.print(widths_table(table))
     console.print(
         f"parameters {table.parameters_before:,} -> {table.parameters_after:,} ({table.param_reduction:.1%} fewer)"
@@ -119,17 +117,16 @@ def _calibration(args, model, config):
         num_channels=model.config.num_channels,
     )
     check_classes(model, args.data, data)
-    collate = ImageCollator(data.train, mean=data.mean, std=data.std, num_classes=len(data.id2label))
+    mean, std = normalisation(args.model, data)
+    collate = ImageCollator(data.train, mean=mean, std=std, num_classes=len(data.id2label))
     return [collate(list(range(s, min(s + 64, len(data.train))))) for s in range(0, len(data.train), 64)]
 
 
 def inspect(args) -> None:
     import json
 
-    from rich.console import Console
-
     from ..export import inspect_model
-    from ..report import inspect_tables, write_atomic
+    from ..report import inspect_tables, plain_console, write_atomic
 
     file = json_file(args.json)
     found = inspect_model(args.model)
@@ -137,7 +134,7 @@ def inspect(args) -> None:
     if args.json == "-":
         print(text, end="")
         return
-    console = Console()
+    console = plain_console()
     for part in inspect_tables(found):
         console.print(part)
     if file:

@@ -2,7 +2,7 @@
 
 import sys
 
-from .arguments import check_classes, json_file, move, short_names
+from .arguments import check_classes, json_file, move, normalisation, short_names
 
 
 _IMAGE_OPTIONS = ("split", "max_samples", "resize")
@@ -24,7 +24,6 @@ def _eval_language(args) -> None:
     import json
 
     import torch
-    from rich.console import Console
 
     from .. import report, speed
     from ..evaluation import count_parameters
@@ -59,7 +58,7 @@ def _eval_language(args) -> None:
         del model  # one at a time in memory
     rows = {model["name"]: metric_rows(model["results"]) for model in results["models"]}
     version = results["models"][0]["results"].get("lm_eval_version", "")
-    Console().print(report.lm_table(results["models"], rows, version))
+    report.plain_console().print(report.lm_table(results["models"], rows, version))
     if file:
         report.write_atomic(file, json.dumps(results, indent=1, default=str) + "\n")
 
@@ -69,10 +68,9 @@ def _eval_images(args) -> None:
     from pathlib import Path
 
     import torch
-    from rich.console import Console
     from rich.table import Table
 
-    from .. import evaluation, speed
+    from .. import evaluation, report, speed
     from ..hub import load_model
     from ..recipe import load_recipe
     from ..run import RECIPE_FILE
@@ -93,7 +91,7 @@ def _eval_images(args) -> None:
     c = model.config
     data = load_image_data(config, image_size=c.image_size, num_channels=c.num_channels)
     check_classes(model, config.path, data)
-    mean, std = _normalisation(args.model, data)
+    mean, std = normalisation(args.model, data)
     move(model, args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     device = model.device
     scores = evaluation.evaluate_images(
@@ -110,33 +108,16 @@ def _eval_images(args) -> None:
         ("parameters", f"{evaluation.count_parameters(model):,}"),
         ("MACs an image", f"{evaluation.count_macs_per_item(model, inputs):,}"),
         ("images/s", f"{timing.items_per_s:,.1f} ({timing.low:,.1f}–{timing.high:,.1f}), batch {batch_size}"),
-        ("peak memory", "n/a" if memory is None else f"{memory / 2**20:,.0f} MiB"),
+        ("peak memory", "n/a" if memory is None else f"{memory / 2**20:,.1f} MiB"),
     ):
         table.add_row(name, value)
-    Console().print(table)
-
-
-def _normalisation(model_path: str, data):
-    """The mean and deviation the model was trained with, from its preprocessor; else the data's own."""
-    import json
-    from pathlib import Path
-
-    file = Path(model_path) / "preprocessor_config.json"
-    if file.is_file():
-        try:
-            saved = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{str(file)!r} is damaged: {error}") from error
-        if "image_mean" in saved and "image_std" in saved:
-            return saved["image_mean"], saved["image_std"]
-    return data.mean, data.std
+    report.plain_console().print(table)
 
 
 def bench(args) -> None:
     import json
 
     import torch
-    from rich.console import Console
 
     from .. import report, speed
     from ..evaluation import count_parameters
@@ -165,7 +146,7 @@ def bench(args) -> None:
         "versions": speed.versions(),
         "devices": [],
     }
-    console = Console()
+    console = report.plain_console()
     for place in devices:
         graph = args.graph and place == "cuda"
         rows = speed.benchmark(

@@ -140,7 +140,7 @@ def taylor(groups, calibration) -> Scores:
         raise ValueError(
             f"Importance 'taylor' needs gradients, but {len(frozen)} of the pruned parameters are frozen."
         )
-    with evaluation_mode(model):
+    with evaluation_mode(model), torch.enable_grad():
         for batch in calibration:
             loss = _loss_of(model(**batch), "taylor")
             grads = torch.autograd.grad(loss, parameters, allow_unused=True)
@@ -208,7 +208,7 @@ def saliency(groups, calibration) -> Scores:
             watched[side].append(watch(group, module, side, start))
     if untapped := [g.name for g in groups if not any(True for _ in g.taps())]:
         raise ValueError(f"Importance 'saliency': {untapped[0]!r} has no activation of its own to look at.")
-    with evaluation_mode(calibration.model), _hooked(watched["output"], watched["input"]):
+    with evaluation_mode(calibration.model), torch.enable_grad(), _hooked(watched["output"], watched["input"]):
         for batch in calibration:
             seen.clear()
             loss = _loss_of(calibration.model(**batch), "saliency")

@@ -271,10 +271,16 @@ class RSSTConfig(TrainingArguments):
             raise ValueError(
                 "`resume_from_checkpoint` is no setting here: where a run goes on follows from its folder (--resume)."
             )
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"`seed` must be in [0, 2**32), got {self.seed}.")
+        for name in ("seed", "data_seed"):
+            if (seed := getattr(self, name)) is not None and not 0 <= seed < 2**32:
+                raise ValueError(f"`{name}` must be in [0, 2**32), got {seed}.")
         if self.max_steps > 0:
             raise ValueError("`max_steps` does not say which stage it bounds; set the epochs of the stages instead.")
+        if getattr(self, "enable_jit_checkpoint", False):
+            raise ValueError(
+                "`enable_jit_checkpoint` stops a stage early, which would count as its end; save by `save_steps` and go "
+                "on with the run in its folder."
+            )
         if self.parallelism_config is not None and not hasattr(self.parallelism_config, "get_device_mesh"):
             raise ValueError(
                 f"`parallelism_config` must be accelerate's ParallelismConfig, got {self.parallelism_config!r}."

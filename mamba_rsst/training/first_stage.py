@@ -1,7 +1,6 @@
 """Sharing the first stage: runs that differ only in what follows it need to train it once."""
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 
@@ -55,7 +54,7 @@ def read_first_stage(path: str | Path, settings: dict, model) -> RunState:
     folder = RunFolder(path)
     if not folder.exists():
         raise ValueError(f"`first_stage`: {str(path)!r} holds no run.")
-    state = RunState(**json.loads((folder.path / RunFolder.STATE).read_text()))
+    state = folder.saved_state()
     if state.settings.get("method") != "dense" or state.done < 1:
         raise ValueError(f"`first_stage`: {str(path)!r} must hold a finished run of method='dense'.")
     if found := state.difference(settings, but=LATER):

@@ -128,9 +128,20 @@ class RunFolder:
     def exists(self) -> bool:
         return (self.path / self.STATE).is_file()
 
+    def saved_state(self) -> RunState:
+        """Raises ValueError for a file that is damaged."""
+        file = self.path / self.STATE
+        try:
+            state = RunState(**json.loads(file.read_text(encoding="utf-8")))
+            if not 0 <= state.done <= len(state.stages):
+                raise ValueError(f"{state.done} of {len(state.stages)} stages are done")
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{str(file)!r} is damaged: {error}.") from error
+        return state
+
     def read(self, stages: list[Stage], settings: dict) -> RunState:
         """Raises ValueError if the folder's run has other stages or settings than this one."""
-        state = RunState(**json.loads((self.path / self.STATE).read_text()))
+        state = self.saved_state()
         names = [s.name for s in stages]
         if state.stages != names:
             raise ValueError(f"{str(self.path)!r} holds a run with the stages {state.stages}, not {names}.")

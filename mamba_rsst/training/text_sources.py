@@ -66,6 +66,8 @@ class TextSource:
                 for batch in self._open(split).iter(batch_size=BATCH):
                     column = column or self._find_column(batch)
                     for text in batch[column]:
+                        if text and not isinstance(text, str):
+                            raise _Refused(f"Column {column!r} of {self.path!r} holds {text!r}, which is no text.")
                         if text:
                             yield text, True
         except _Refused as error:

@@ -130,6 +130,17 @@ def test_taylor_predicts_what_removal_does():
         assert scores[group.name][c].item() == pytest.approx(abs(slope.item()), rel=1e-2, abs=1e-4)
 
 
+@pytest.mark.parametrize("importance", ["taylor", "saliency"])
+def test_scores_by_gradients_without_gradients(importance):
+    """Evaluation code stands under no_grad."""
+    model = make("none")
+    expected = scores_of(model, importance, ["d_inner"], batches_of(model))[1]
+    with torch.no_grad():
+        found = scores_of(model, importance, ["d_inner"], batches_of(model))[1]
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name])
+
+
 def test_taylor_leaves_no_gradients_behind():
     model = make("v2")
     scores_of(model, "taylor", ["d_inner"], batches_of(model))

@@ -158,6 +158,16 @@ def test_a_run_with_other_settings_is_refused(tmp_path, settings, message):
         RunFolder(tmp_path).read(stages, settings)
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["", "{}", "[1]", '{"stages": ["train"], "done": 2}', '{"stages": [], "done": -1}', '{"stages": [], "x": 1}'],
+)
+def test_a_damaged_state_is_named(tmp_path, text):
+    (tmp_path / RunFolder.STATE).write_text(text)
+    with pytest.raises(ValueError, match="rsst_state.json' is damaged: "):
+        RunFolder(tmp_path).read(plan(tmp_path, method="dense"), {})
+
+
 def test_a_setting_that_was_not_written_down_is_not_compared(tmp_path):
     """The shipped recipes have `dataloader_drop_last: true`; states that do not say so are theirs too."""
     stages, folder = plan(tmp_path, method="dense"), RunFolder(tmp_path)

@@ -1,6 +1,7 @@
 """Text as blocks of tokens: packing, order, errors; and what the trainer makes of them."""
 
 import functools
+import json
 import math
 
 import pytest
@@ -89,6 +90,13 @@ def test_the_end_of_a_single_file_is_held_out(tmp_path, name):
     together = torch.cat([every.train.tokens, every.eval.tokens])
     assert torch.equal(torch.cat([data.train.tokens, data.eval.tokens]), together)
     assert len(data.eval) == round(0.1 * len(together))
+
+
+def test_rows_that_are_no_text_are_named(tmp_path):
+    rows = [{"text": text if i % 2 else i} for i, text in enumerate(docstrings())]
+    (tmp_path / "mixed.jsonl").write_text("\n".join(map(json.dumps, [{"text": "words"}, *rows])))
+    with pytest.raises(ValueError, match="mixed.jsonl"):
+        load(data_config(tmp_path / "mixed.jsonl", holdout=0.1))
 
 
 def test_a_split_without_another_is_held_out_of(folder):
