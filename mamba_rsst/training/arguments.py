@@ -278,8 +278,8 @@ class RSSTConfig(TrainingArguments):
             raise ValueError("`max_steps` does not say which stage it bounds; set the epochs of the stages instead.")
         if getattr(self, "enable_jit_checkpoint", False):
             raise ValueError(
-                "`enable_jit_checkpoint` stops a stage early, which would count as its end; save by `save_steps` and go "
-                "on with the run in its folder."
+                "`enable_jit_checkpoint` stops a stage early, which would count as its end; save by `save_steps` and "
+                "go on with the run in its folder."
             )
         if self.parallelism_config is not None and not hasattr(self.parallelism_config, "get_device_mesh"):
             raise ValueError(
