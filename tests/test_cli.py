@@ -14,7 +14,7 @@ from tiny import make
 from tiny_runs import digits, load_stage, write_recipe
 
 from mamba_rsst import PruningConfig, cli, prune_
-from mamba_rsst.commands.arguments import check_classes, normalisation
+from mamba_rsst.commands.arguments import match_classes, normalisation
 from mamba_rsst.commands.checkpoints import _calibration
 from mamba_rsst.evaluation import count_macs_per_item
 from mamba_rsst.hub import load_model
@@ -373,15 +373,15 @@ def test_classes_are_numbered_as_the_model_does_by_their_names():
         return SimpleNamespace(id2label=dict(enumerate(names)), train=train, eval=evaluated)
 
     model = SimpleNamespace(config=SimpleNamespace(num_labels=3, id2label={0: "ant", 1: "bee", 2: "cat"}))
-    check_classes(model, "there", same := data("ant", "bee", "cat"))
-    check_classes(model, "there", turned := data("cat", "ant", "bee"))
+    match_classes(model, "there", same := data("ant", "bee", "cat"))
+    match_classes(model, "there", turned := data("cat", "ant", "bee"))
     assert same.train.labels.tolist() == [0, 1, 2, 0] and same.eval.labels.tolist() == [2, 2, 1]
     assert turned.train.labels.tolist() == [2, 0, 1, 2] and turned.eval.labels.tolist() == [1, 1, 0]
     with pytest.warns(UserWarning, match="'dog'.*the model's .*'cat'"):
-        check_classes(model, "there", other := data("dog", "ant", "bee"))
+        match_classes(model, "there", other := data("dog", "ant", "bee"))
     assert other.train.labels.tolist() == [0, 1, 2, 0]
     with pytest.raises(ValueError, match="'there' has 2 classes, the model 3"):
-        check_classes(model, "there", data("ant", "bee"))
+        match_classes(model, "there", data("ant", "bee"))
 
 
 def test_scores_that_look_at_images_see_them_as_the_model_does(finished_run, tmp_path):

@@ -65,7 +65,7 @@ def short_names(paths: list[str]) -> dict[str, str]:
     return short if len(short) == len(paths) else {path: path for path in paths}
 
 
-def check_classes(model, path: str, data) -> None:
+def match_classes(model, path: str, data) -> None:
     """Number the data's classes as the model does, by their names. Raises ValueError for another number of them; other
     names are warned of and taken in their order."""
     import warnings

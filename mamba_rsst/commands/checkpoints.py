@@ -1,6 +1,6 @@
 """From one checkpoint to another: prune, inspect, convert, export, push."""
 
-from .arguments import check_classes, json_file, move, new_folder, normalisation
+from .arguments import json_file, match_classes, move, new_folder, normalisation
 
 
 def prune(args) -> None:
@@ -116,7 +116,7 @@ def _calibration(args, model, config):
         image_size=model.config.image_size,
         num_channels=model.config.num_channels,
     )
-    check_classes(model, args.data, data)
+    match_classes(model, args.data, data)
     mean, std = normalisation(args.model, data)
     collate = ImageCollator(data.train, mean=mean, std=std, num_classes=len(data.id2label))
     return [collate(list(range(s, min(s + 64, len(data.train))))) for s in range(0, len(data.train), 64)]

@@ -2,7 +2,7 @@
 
 import sys
 
-from .arguments import check_classes, json_file, move, normalisation, short_names
+from .arguments import json_file, match_classes, move, normalisation, short_names
 
 
 _IMAGE_OPTIONS = ("split", "max_samples", "resize")
@@ -90,7 +90,7 @@ def _eval_images(args) -> None:
     config = replace(config, max_train_samples=None, **{k: v for k, v in changes.items() if v is not None})
     c = model.config
     data = load_image_data(config, image_size=c.image_size, num_channels=c.num_channels)
-    check_classes(model, config.path, data)
+    match_classes(model, config.path, data)
     mean, std = normalisation(args.model, data)
     move(model, args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     device = model.device

@@ -219,6 +219,13 @@ def _channel_statistics(images):
 # --------------------------------------------------------------------------------------------------- order and batches
 
 
+def whole_of(dataset):
+    """What a Subset, also one of a Subset, is taken from; any other data set itself."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    return dataset
+
+
 class EpochSampler(Sampler):
     """A shuffle that depends on (seed, epoch) alone, so that a resumed run sees the order of an unbroken one.
 
@@ -228,9 +235,7 @@ class EpochSampler(Sampler):
 
     def __init__(self, dataset, seed=0):
         self.dataset, self.seed, self._epoch = dataset, seed, 0
-        self._keeper = dataset  # of the epoch, which augmentation reads: of a Subset the whole
-        while isinstance(self._keeper, Subset):
-            self._keeper = self._keeper.dataset
+        self._keeper = whole_of(dataset)  # of the epoch, which augmentation reads
 
     def __len__(self):
         return len(self.dataset)
@@ -251,9 +256,7 @@ class EpochSampler(Sampler):
 def rebound(collator, dataset, kind: type):
     """The collator, or a copy of it, that gathers from `dataset`: a `kind`, or a Subset of one, whose items are the
     indices of the whole. Raises ValueError for any other, whose items it would take for those of its own."""
-    whole = dataset
-    while isinstance(whole, Subset):
-        whole = whole.dataset
+    whole = whole_of(dataset)
     if whole is collator.dataset:
         return collator
     if not isinstance(whole, kind):
